@@ -1,0 +1,29 @@
+"""Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
+
+from swa_jax.averaging import SWAState as SWAState
+from swa_jax.averaging import init_average as init_average
+from swa_jax.averaging import update_average as update_average
+from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
+from swa_jax.schedules import cosine_to_constant_schedule as cosine_to_constant_schedule
+from swa_jax.schedules import cyclic_schedule as cyclic_schedule
+from swa_jax.schedules import linear_to_constant_schedule as linear_to_constant_schedule
+from swa_jax.schedules import swa_schedule as swa_schedule
+from swa_jax.transform import swa as swa
+from swa_jax.transform import swa_params as swa_params
+from swa_jax.transform import swa_state as swa_state
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SWAState",
+    "cosine_to_constant_schedule",
+    "cyclic_schedule",
+    "init_average",
+    "linear_to_constant_schedule",
+    "recompute_batch_stats",
+    "swa",
+    "swa_params",
+    "swa_schedule",
+    "swa_state",
+    "update_average",
+]

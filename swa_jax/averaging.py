@@ -1,0 +1,331 @@
+"""The running mean of a pytree of weights: its state, its start, its update.
+
+With ``n`` models in the mean, the next one, ``q``, enters as
+
+    mean <- mean + (q - mean) / (n + 1),
+
+which stays at the weights' own scale however many are averaged. Two choices keep it
+cheap. The whole step is elementwise, leaf by leaf, and selects with ``where`` instead
+of branching: XLA then updates a donated mean in place, whereas a branch that captures
+the weights copies all of it. And the mean is kept in float32 when the weights are
+narrower, because ``(q - mean) / (n + 1)`` soon falls below the spacing of bfloat16.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Sharding
+
+from swa_jax.placement import Placement, PyTree, place, place_tree, to_device
+
+
+class SWAState(NamedTuple):
+    """State of an average: two counters and the mean.
+
+    It holds arrays only, so it travels inside an optimizer state through ``jax.jit``,
+    ``jax.lax.scan`` and checkpoints.
+
+    Attributes:
+      num_updates: int32 scalar, the optimizer updates (or ``update_average`` calls)
+        seen so far.
+      num_averaged: int32 scalar, the models in the mean.
+      avg_params: pytree with the structure and shapes of the parameters. Floating
+        leaves hold the mean, in the accumulator's dtype; all others hold their value
+        in the model that was averaged last. Without meaning while ``num_averaged``
+        is 0.
+    """
+
+    num_updates: jax.Array  # int32, shape ()
+    num_averaged: jax.Array  # int32, shape ()
+    avg_params: PyTree  # like params; floating leaves in the accumulator's dtype
+
+
+def init_average(
+    params: PyTree,
+    *,
+    accumulator_dtype: Any = None,
+    sharding: Placement = None,
+) -> SWAState:
+    """Creates an average that holds no model yet.
+
+    The mean's buffers are computed from ``params``, so they take over its shardings,
+    also under ``jax.jit``; they never alias it, so both may be donated to one call.
+
+    Args:
+      params: pytree of arrays of any shapes and dtypes. ``None`` and masked leaves
+        are kept as they are. Its values are not part of the mean.
+      accumulator_dtype: floating dtype in which floating leaves are averaged. By
+        default float32 for anything narrower, else the leaf's own dtype. Complex
+        leaves keep at least their own precision.
+      sharding: where the mean lives, by default where ``params`` does: a
+        ``jax.sharding.Sharding`` for every leaf, a pytree of them, or a function
+        from a leaf's ``jax.ShapeDtypeStruct`` to a sharding.
+
+    Returns:
+      An ``SWAState`` with both counters at 0.
+
+    Raises:
+      TypeError: ``accumulator_dtype`` is no floating dtype, or ``sharding`` is
+        neither a sharding, nor a pytree of them, nor a function to one.
+      ValueError: ``accumulator_dtype`` is float64 while JAX has 64-bit types off,
+        or a pytree given as ``sharding`` does not fit ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, swa_jax
+      >>> average = swa_jax.init_average({"w": jnp.zeros(2)})
+      >>> for epoch in range(4):
+      ...     params = {"w": jnp.array([1.0, 2.0]) * epoch}
+      ...     average = swa_jax.update_average(average, params)
+      >>> print(average.avg_params["w"], average.num_averaged)
+      [1.5 3. ] 4
+
+    References:
+      Izmailov et al., Averaging Weights Leads to Wider Optima and Better
+      Generalization, UAI 2018, https://arxiv.org/abs/1803.05407, algorithm 1.
+    """
+    accumulator_dtype = check_accumulator_dtype(accumulator_dtype)
+
+    def fresh(leaf: Any) -> jax.Array:
+        dtype = mean_dtype(leaf_dtype(leaf), accumulator_dtype)
+        if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys know no cast
+            return jnp.copy(leaf)
+        # A dtype given by name also strips weak types, which would retrace the first
+        # update; `copy` makes a buffer of its own.
+        return jnp.array(leaf, dtype=dtype, copy=True)
+
+    mean = jax.tree.map(fresh, params)
+    # Two arrays, not one twice: the counters are donated separately.
+    return SWAState(
+        num_updates=jnp.zeros([], jnp.int32),
+        num_averaged=jnp.zeros([], jnp.int32),
+        avg_params=place_tree(mean, sharding),
+    )
+
+
+def update_average(state: SWAState, params: PyTree) -> SWAState:
+    """Averages one more model: compiled, and in place.
+
+    The old state is donated: use the returned one from then on. ``params`` stays
+    valid. The mean stays in its place, sharded or in host memory, also where
+    ``params`` lives elsewhere; each device then updates its own part.
+
+    Args:
+      state: from ``init_average`` or an earlier call.
+      params: pytree of the structure and shapes that ``init_average`` received.
+
+    Returns:
+      The new state; both counters have advanced by one.
+
+    Raises:
+      TypeError: ``state`` is no ``SWAState``.
+      ValueError: ``params`` differs from the state in structure, shape or kind of
+        dtype. Nothing has been donated then: ``state`` is still good.
+
+    Example:
+      See ``init_average``.
+    """
+    if not isinstance(state, SWAState):
+        raise TypeError(
+            f"update_average: state must be an SWAState, got {type(state).__name__}; "
+            "make one with swa_jax.init_average(params)"
+        )
+    check_params(params, state.avg_params, caller="update_average")
+    return _jitted_update(state, params, _own_shardings(state.avg_params, params))
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _jitted_update(
+    state: SWAState, params: PyTree, shardings: tuple[Sharding | None, ...] | None
+) -> SWAState:
+    means, treedef = jax.tree.flatten(state.avg_params)
+    shardings = shardings or (None,) * len(means)
+    working = [to_device(mean, s) for mean, s in zip(means, shardings, strict=True)]
+    new = accumulate(
+        state._replace(avg_params=jax.tree.unflatten(treedef, working)), params
+    )
+    placed = map(place, jax.tree.leaves(new.avg_params), shardings)
+    return new._replace(
+        num_updates=optax.safe_increment(state.num_updates),
+        avg_params=jax.tree.unflatten(treedef, placed),
+    )
+
+
+def accumulate(
+    state: SWAState, params: PyTree, sample: jax.Array | None = None
+) -> SWAState:
+    """One step of the mean, to be traced into a larger computation.
+
+    Args:
+      state: the state before; its ``num_updates`` is passed through.
+      params: the newcomer ``q``, structured like ``state.avg_params``.
+      sample: bool scalar, whether to average; ``None`` means yes. Where it is false
+        every leaf keeps its bits.
+
+    Returns:
+      The state after.
+    """
+    n = state.num_averaged
+
+    def advance(mean: jax.Array, new: jax.Array) -> jax.Array:
+        if jnp.issubdtype(mean.dtype, jnp.inexact):
+            new = _next_mean(mean, new, n)
+        return new if sample is None else jnp.where(sample, new, mean)
+
+    count = optax.safe_increment(n)
+    return SWAState(
+        num_updates=state.num_updates,
+        num_averaged=count if sample is None else jnp.where(sample, count, n),
+        avg_params=jax.tree.map(advance, state.avg_params, params),
+    )
+
+
+def _next_mean(mean: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
+    # An accumulator narrower than float32 was asked for to save memory, not to
+    # round in between as well: compute wider, round once.
+    compute = jnp.promote_types(mean.dtype, jnp.float32)
+    old, new = mean.astype(compute), jnp.asarray(new).astype(compute)
+    count = (n + 1).astype(compute)
+    # The first model replaces the mean: old + (new - old) would round, and would
+    # carry over a non-finite start.
+    return jnp.where(n == 0, new, old + (new - old) / count).astype(mean.dtype)
+
+
+def check_accumulator_dtype(dtype: Any) -> np.dtype | None:
+    """Returns ``dtype`` as a NumPy dtype, or raises; ``None`` passes."""
+    if dtype is None:
+        return None
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        checked = None
+    if checked is None or not jnp.issubdtype(checked, jnp.floating):
+        raise TypeError(
+            "accumulator_dtype must be a floating dtype such as jnp.float32, "
+            f"got {dtype!r}"
+        )
+    if jax.dtypes.canonicalize_dtype(checked) != checked:
+        raise ValueError(
+            f"accumulator_dtype={checked.name} needs JAX's 64-bit types, which are "
+            "off: call jax.config.update('jax_enable_x64', True) at start-up, or use "
+            "float32"
+        )
+    return checked
+
+
+def leaf_dtype(leaf: Any) -> Any:
+    """The dtype that ``leaf`` has, or gets, as a JAX array."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf.dtype
+    return jnp.asarray(leaf).dtype
+
+
+def mean_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
+    """The dtype in which a leaf of ``dtype`` is averaged."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(dtype, accumulator_dtype or dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return accumulator_dtype or jnp.promote_types(dtype, jnp.float32)
+    return dtype
+
+
+def check_params(
+    params: PyTree,
+    avg_params: PyTree,
+    *,
+    caller: str,
+    averaged_as: Callable[[Any], Any] | None = None,
+) -> None:
+    """Raises unless ``params`` fits the mean.
+
+    Args:
+      params: the weights that are to enter the mean.
+      avg_params: the mean.
+      caller: the public function to name in the message.
+      averaged_as: the mean's dtype for a leaf's dtype, where it is known. Without it
+        a floating leaf may enter a mean of any floating dtype, since the state does
+        not tell which accumulator was asked for.
+
+    Raises:
+      ValueError: the structure, a shape or a dtype differs.
+    """
+    fix = (
+        "pass the parameters that the state was created from, or create a new state "
+        "from these"
+    )
+    structures: list[Any] = [jax.tree.structure(t) for t in (params, avg_params)]
+    if structures[0] != structures[1]:
+        got, expected = (
+            {jax.tree_util.keystr(path) for path, _ in _flatten_with_path(tree)}
+            for tree in (params, avg_params)
+        )
+        differ = (
+            f"only in params: {_some(got - expected)}; only in the state: "
+            f"{_some(expected - got)}"
+            if got != expected
+            else f"got the containers {structures[0]}, the state has {structures[1]}"
+        )
+        raise ValueError(
+            f"{caller}: params must have the structure of the state's avg_params; "
+            f"{differ}. Fix: {fix}"
+        )
+    pairs = zip(_flatten_with_path(params), jax.tree.leaves(avg_params), strict=True)
+    for (path, leaf), mean in pairs:
+        name = f"params{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) != np.shape(mean):
+            raise ValueError(
+                f"{caller}: {name} has shape {np.shape(leaf)}, the state's average "
+                f"has {np.shape(mean)}; both must be the same. Fix: {fix}"
+            )
+        dtype = leaf_dtype(leaf)
+        if averaged_as is None:
+            fits = _kind(dtype) == _kind(mean.dtype)
+            rule = "a floating leaf needs a floating average, others their own dtype"
+        else:
+            fits = averaged_as(dtype) == mean.dtype
+            rule = f"a {dtype} leaf is averaged in {averaged_as(dtype)}"
+        if not fits:
+            raise ValueError(
+                f"{caller}: {name} has dtype {dtype}, but the state's average has "
+                f"{mean.dtype}; {rule}. Fix: {fix}"
+            )
+
+
+def _kind(dtype: Any) -> Any:
+    """What dtypes must have in common for one to enter a mean kept in the other."""
+    for kind in (jnp.floating, jnp.complexfloating):
+        if jnp.issubdtype(dtype, kind):
+            return kind
+    return dtype
+
+
+def _flatten_with_path(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3]) or "nothing"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _own_shardings(
+    avg_params: PyTree, params: PyTree
+) -> tuple[Sharding | None, ...] | None:
+    """Where the mean must stay, for the leaves that the weights would pull away."""
+
+    def own(mean: Any, param: Any) -> Sharding | None:
+        if not (_is_concrete(mean) and _is_concrete(param)):
+            return None
+        return None if mean.sharding == param.sharding else mean.sharding
+
+    leaves = map(own, jax.tree.leaves(avg_params), jax.tree.leaves(params))
+    shardings = tuple(leaves)
+    return shardings if any(s is not None for s in shardings) else None
+
+
+def _is_concrete(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)

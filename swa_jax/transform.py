@@ -1,0 +1,322 @@
+"""``swa()``: when to average, as an Optax gradient transformation, and how to read it.
+
+The transformation stands last in a chain, where it sees the final updates and passes
+them through. It averages the weights *after* the update, computed exactly as the user
+computes them, ``optax.apply_updates(params, updates)``: inside one compiled step XLA
+merges the two, so neither time nor memory is spent twice. Averaging ``params`` as
+received would lag one step behind and cost a copy of all weights.
+"""
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from swa_jax.averaging import (
+    SWAState,
+    accumulate,
+    check_accumulator_dtype,
+    check_params,
+    init_average,
+    leaf_dtype,
+    mean_dtype,
+)
+from swa_jax.placement import Placement, PyTree, place, place_tree
+
+_MAX_STEP = np.iinfo(np.int32).max
+
+
+def swa(
+    start_step: int = 0,
+    period: int = 1,
+    *,
+    stop_step: int | None = None,
+    accumulator_dtype: Any = None,
+    sharding: Placement = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Averages the weights along the training trajectory.
+
+    After update number ``t`` (the first is 1) the new weights
+    ``q = optax.apply_updates(params, updates)`` enter the mean iff::
+
+        t >= start_step  and  (t - start_step) % period == 0
+        and (stop_step is None or t <= stop_step)
+
+    by ``mean += (q - mean) / (num_averaged + 1)``. On all other steps the mean keeps
+    its bits. With ``S`` steps an epoch, ``swa(start_step=e * S, period=S)`` averages
+    the ends of epochs e, e + 1, ... counted from 1. The initial weights are never
+    part of the mean.
+
+    Put it last in the chain: it needs the updates as they will be applied, and hands
+    them on unchanged. Read the result with ``swa_params``; a network with batch
+    normalisation then needs ``recompute_batch_stats``.
+
+    Args:
+      start_step: number of the first update whose weights are averaged, >= 0; 0 and 1
+        both average from the first update on, but differ in phase if ``period > 1``.
+      period: average every so many updates, >= 1.
+      stop_step: number of the last update that may be averaged, >= ``start_step``;
+        ``None`` for no end.
+      accumulator_dtype: dtype of the mean, see ``init_average``.
+      sharding: where the mean lives, see ``init_average``. For host memory, drive the
+        average with ``update_average`` instead: inside the training step every step,
+        also a skipped one, would carry the mean to the device and back.
+      skip_nonfinite: leave a model with any NaN or infinity out of the mean (it does
+        not count in ``num_averaged`` either). Costs one more read of the weights a
+        step. Under ``shard_map`` each device looks at its own shard only: use it
+        where parameters are replicated, or under ``jit``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state ``SWAState``.
+
+    Raises:
+      ValueError: negative ``start_step``, ``period < 1``, ``stop_step < start_step``,
+        any of them too large for int32; at the update, ``params`` missing or other
+        than those that the state was created from.
+      TypeError: a step that is no integer; see ``init_average`` for the rest.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, swa_jax
+      >>> tx = optax.chain(optax.sgd(0.1), swa_jax.swa(start_step=3))
+      >>> params = {"w": jnp.array([4.0, -2.0])}
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(5):
+      ...     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(swa_jax.swa_state(opt_state).num_averaged)
+      3
+      >>> [round(float(w), 3) for w in swa_jax.swa_params(opt_state, params)["w"]]
+      [1.666, -0.833]
+
+    References:
+      Izmailov et al., Averaging Weights Leads to Wider Optima and Better
+      Generalization, UAI 2018, https://arxiv.org/abs/1803.05407, algorithm 1.
+    """
+    start_step = _check_step("start_step", start_step, at_least=0)
+    period = _check_step("period", period, at_least=1)
+    if stop_step is not None:
+        stop_step = _check_step("stop_step", stop_step, at_least=0)
+        if _known(start_step, stop_step) and stop_step < start_step:
+            raise ValueError(
+                f"stop_step={stop_step} is before start_step={start_step}: nothing "
+                "would ever be averaged; stop_step must be >= start_step, or None"
+            )
+    accumulator_dtype = check_accumulator_dtype(accumulator_dtype)
+    averaged_as = functools.partial(mean_dtype, accumulator_dtype=accumulator_dtype)
+
+    def init_fn(params: PyTree) -> SWAState:
+        return init_average(
+            params, accumulator_dtype=accumulator_dtype, sharding=sharding
+        )
+
+    def update_fn(
+        updates: PyTree, state: SWAState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SWAState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "swa: update received params=None, but averages the updated weights; "
+                "call tx.update(updates, opt_state, params)"
+            )
+        check_params(params, state.avg_params, caller="swa", averaged_as=averaged_as)
+        new_params = _apply_updates(params, updates)
+        t = optax.safe_increment(state.num_updates)
+        sample = (t >= start_step) & ((t - start_step) % period == 0)
+        if stop_step is not None:
+            sample &= t <= stop_step
+        if skip_nonfinite:
+            sample &= _all_finite(new_params)
+        # Resharding the newcomer, never the mean, keeps each device on its own part.
+        new_params = place_tree(new_params, sharding)
+        new = accumulate(state, new_params, sample)
+        return updates, new._replace(
+            num_updates=t, avg_params=place_tree(new.avg_params, sharding)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_step(name: str, value: Any, *, at_least: int) -> Any:
+    if isinstance(value, jax.Array):  # inject_hyperparams makes it a traced one
+        return value.astype(jnp.int32)
+    try:
+        step = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type(value).__name__}; "
+            "steps count optimizer updates, so convert epochs or fractions first"
+        ) from None
+    if not at_least <= step <= _MAX_STEP:
+        raise ValueError(
+            f"{name} must be between {at_least} and {_MAX_STEP} (int32), got {step}; "
+            "steps count optimizer updates"
+        )
+    return step
+
+
+def _known(*steps: Any) -> bool:
+    return not any(isinstance(step, jax.Array) for step in steps)
+
+
+def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """``optax.apply_updates``, passing on leaves that no gradient step changes."""
+
+    def apply(path: Any, param: Any, update: Any) -> Any:
+        no_gradient = jax.tree.leaves(update) == [] or (
+            leaf_dtype(update) == jax.dtypes.float0
+        )
+        if no_gradient or jnp.issubdtype(leaf_dtype(param), jax.dtypes.extended):
+            return param
+        if np.shape(update) != np.shape(param):
+            raise ValueError(
+                f"swa: updates{jax.tree_util.keystr(path)} has shape "
+                f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
+                "be the same. Fix: pass the updates and the params of one model"
+            )
+        return optax.apply_updates(param, update)
+
+    return jax.tree_util.tree_map_with_path(apply, params, updates)
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return functools.reduce(
+        jnp.logical_and, (jnp.isfinite(x).all() for x in leaves), jnp.array(True)
+    )
+
+
+def swa_state(opt_state: PyTree) -> SWAState:
+    """Finds the one ``SWAState`` in an optimizer state, however deeply nested.
+
+    Args:
+      opt_state: any pytree around it: the state of ``optax.chain``, ``named_chain``,
+        ``MultiSteps``, ``masked``, ``partition``, ``apply_if_finite`` or
+        ``inject_hyperparams``, a Flax ``TrainState``, an ``nnx.Optimizer``.
+
+    Returns:
+      The state, its counters as arrays.
+
+    Raises:
+      ValueError: there is none, or more than one.
+
+    Example:
+      See ``swa``.
+    """
+    found = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(
+            opt_state, is_leaf=_is_swa_state
+        )[0]
+        if _is_swa_state(leaf)
+    ]
+    if not found:
+        raise ValueError(
+            f"opt_state (a {type(opt_state).__name__}) holds no SWAState; chain "
+            "swa_jax.swa(...) into the optimizer, as in optax.chain(optax.sgd(0.1), "
+            "swa_jax.swa(...)), and pass the whole optimizer state"
+        )
+    if len(found) > 1:
+        paths = ", ".join(f"opt_state{jax.tree_util.keystr(path)}" for path, _ in found)
+        raise ValueError(
+            f"opt_state holds {len(found)} SWAStates, where one was expected: {paths}; "
+            "pass the part of opt_state with the one that you mean"
+        )
+    state = found[0][1]
+    # Flax's nnx wraps every array of an optimizer state in a Variable.
+    num_updates, num_averaged = jax.tree.leaves(state[:2])
+    return state._replace(num_updates=num_updates, num_averaged=num_averaged)
+
+
+def swa_params(opt_state: PyTree, params: PyTree) -> PyTree:
+    """The averaged weights, ready for use in place of ``params``.
+
+    Works inside ``jax.jit`` and outside, and never returns a buffer of the state. A
+    mean that lives elsewhere (spread over devices, in host memory) is brought to
+    where ``params`` is. State and parameters may share leading axes, as under
+    ``jax.pmap``.
+
+    Args:
+      opt_state: optimizer state with one ``SWAState`` in it, see ``swa_state``.
+      params: the current parameters. They give structure, dtypes and placement, and
+        the value of every leaf that ``optax.masked`` or ``optax.partition`` hid from
+        the average; while nothing has been averaged, of all leaves.
+
+    Returns:
+      A pytree like ``params``: each averaged leaf is the mean, cast to its dtype.
+
+    Raises:
+      ValueError: no state or several in ``opt_state``, or its average does not belong
+        to ``params``.
+
+    Example:
+      See ``swa``.
+    """
+    state = swa_state(opt_state)
+    average = _Average.of(state.avg_params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    some = state.num_averaged > 0
+    used = [_read(average.find(path, leaf), leaf, some) for path, leaf in leaves]
+    surplus = average.means.keys() - {path for path, _ in leaves}
+    if surplus:
+        path = min(map(jax.tree_util.keystr, surplus))
+        raise ValueError(
+            f"swa_params: opt_state averages a parameter {path}, which params lacks; "
+            "pass the parameters that the optimizer was initialised with"
+        )
+    return jax.tree.unflatten(treedef, used)
+
+
+class _Average(NamedTuple):
+    """The mean by path: its containers may differ from those of the parameters."""
+
+    means: dict[tuple[Any, ...], jax.Array]
+    masked: set[tuple[Any, ...]]  # paths of hidden leaves, or of hidden subtrees
+
+    @classmethod
+    def of(cls, avg_params: PyTree) -> "_Average":
+        flat, _ = jax.tree_util.tree_flatten_with_path(avg_params, is_leaf=_is_masked)
+        return cls(
+            means={path: leaf for path, leaf in flat if not _is_masked(leaf)},
+            masked={path for path, leaf in flat if _is_masked(leaf)},
+        )
+
+    def find(self, path: tuple[Any, ...], param: Any) -> jax.Array | None:
+        """The mean for a parameter; ``None`` where it is hidden."""
+        mean = self.means.get(path)
+        if mean is None:
+            if any(path[:end] in self.masked for end in range(len(path) + 1)):
+                return None
+            found = "no average"
+        elif mean.shape != np.shape(param):
+            found = f"an average of shape {mean.shape}"
+        else:
+            return mean
+        raise ValueError(
+            f"swa_params: for params{jax.tree_util.keystr(path)} of shape "
+            f"{np.shape(param)} opt_state holds {found}; pass the parameters that the "
+            "optimizer was initialised with"
+        )
+
+
+def _read(mean: jax.Array | None, param: Any, some: jax.Array) -> jax.Array:
+    if mean is None:
+        return param
+    if not any(isinstance(x, jax.core.Tracer) for x in (mean, param)):
+        # A mean spread over devices or kept on the host is gathered here, not before.
+        mean = place(mean, getattr(param, "sharding", None))
+    leading = (*some.shape, *(1,) * (mean.ndim - some.ndim))
+    return jnp.where(some.reshape(leading), mean.astype(leaf_dtype(param)), param)
+
+
+def _is_swa_state(x: Any) -> bool:
+    return isinstance(x, SWAState)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)

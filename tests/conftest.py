@@ -1,0 +1,21 @@
+"""One environment for all tests: CPU only, eight devices, and JAX at its strictest."""
+
+import os
+
+# Before anything imports jax: these are read once, when the backend starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def enable_x64():
+    """64-bit types for one test."""
+    with jax.enable_x64(True):
+        yield
