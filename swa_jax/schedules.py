@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Strategy = Literal["cos", "linear"]
@@ -237,10 +238,9 @@ def _alpha(strategy: Strategy, elapsed: jax.Array, length: float) -> jax.Array:
 
 
 def _blend(start: Any, end: Any, alpha: jax.Array) -> jax.Array:
-    # Both ends are selected, not computed: start * (1 - a) + end * a may be off by a
-    # rounding, and compilers may evaluate cos(pi) in more ways than one.
-    mixed = start * (1 - alpha) + end * alpha
-    return jnp.where(alpha <= 0, start, jnp.where(alpha >= 1, end, mixed))
+    # Flat where both ends agree. The far end is selected rather than computed: it may
+    # come out a rounding off, and compilers may evaluate cos(pi) in more ways than one.
+    return jnp.where(alpha >= 1, end, start + (end - start) * alpha)
 
 
 def check_strategy(name: str, strategy: Any) -> None:
@@ -272,7 +272,7 @@ def _check_length(name: str, value: Any, *, at_least: int = 0) -> int:
 def _as_schedule(base: Any) -> Callable[[Any], Any]:
     if callable(base):
         return base
-    if isinstance(base, str) or jnp.ndim(base) != 0:
+    if isinstance(base, str) or np.ndim(base) != 0:
         raise TypeError(
             "base must be a learning rate or a schedule (step -> learning rate), got "
             f"{base!r}"

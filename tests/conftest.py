@@ -9,13 +9,18 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jax.experimental
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Its name before jax 0.8 was jax.experimental.enable_x64.
+_enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+
+
 @pytest.fixture
 def enable_x64():
     """64-bit types for one test."""
-    with jax.enable_x64(True):
+    with _enable_x64(True):
         yield
