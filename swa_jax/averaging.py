@@ -21,7 +21,17 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
-from swa_jax.placement import Placement, PyTree, place, place_tree, to_device
+from swa_jax.placement import (
+    Placement,
+    PyTree,
+    Targets,
+    beside,
+    bring,
+    is_traced,
+    place,
+    resolve,
+    to_device,
+)
 
 
 class SWAState(NamedTuple):
@@ -99,11 +109,13 @@ def init_average(
         return jnp.array(leaf, dtype=dtype, copy=True)
 
     mean = jax.tree.map(fresh, params)
+    means, treedef = jax.tree.flatten(mean)
+    placed = map(place, means, resolve(sharding, mean))
     # Two arrays, not one twice: the counters are donated separately.
     return SWAState(
         num_updates=jnp.zeros([], jnp.int32),
         num_averaged=jnp.zeros([], jnp.int32),
-        avg_params=place_tree(mean, sharding),
+        avg_params=jax.tree.unflatten(treedef, placed),
     )
 
 
@@ -135,28 +147,22 @@ def update_average(state: SWAState, params: PyTree) -> SWAState:
             "make one with swa_jax.init_average(params)"
         )
     check_params(params, state.avg_params, caller="update_average")
-    return _jitted_update(state, params, _own_shardings(state.avg_params, params))
+    params = jax.tree.map(_on_devices_of, state.avg_params, params)
+    return _jitted_update(state, params, _own_targets(state.avg_params, params))
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _jitted_update(
-    state: SWAState, params: PyTree, shardings: tuple[Sharding | None, ...] | None
-) -> SWAState:
-    means, treedef = jax.tree.flatten(state.avg_params)
-    shardings = shardings or (None,) * len(means)
-    working = [to_device(mean, s) for mean, s in zip(means, shardings, strict=True)]
-    new = accumulate(
-        state._replace(avg_params=jax.tree.unflatten(treedef, working)), params
-    )
-    placed = map(place, jax.tree.leaves(new.avg_params), shardings)
-    return new._replace(
-        num_updates=optax.safe_increment(state.num_updates),
-        avg_params=jax.tree.unflatten(treedef, placed),
-    )
+def _jitted_update(state: SWAState, params: PyTree, targets: Targets) -> SWAState:
+    new = accumulate(state, params, targets=targets)
+    return new._replace(num_updates=optax.safe_increment(state.num_updates))
 
 
 def accumulate(
-    state: SWAState, params: PyTree, sample: jax.Array | None = None
+    state: SWAState,
+    params: PyTree,
+    sample: jax.Array | None = None,
+    *,
+    targets: Targets | None = None,
 ) -> SWAState:
     """One step of the mean, to be traced into a larger computation.
 
@@ -165,29 +171,39 @@ def accumulate(
       params: the newcomer ``q``, structured like ``state.avg_params``.
       sample: bool scalar, whether to average; ``None`` means yes. Where it is false
         every leaf keeps its bits.
+      targets: where each leaf of the mean lives, from ``placement.resolve``; by
+        default beside the parameters.
 
     Returns:
       The state after.
     """
     n = state.num_averaged
 
-    def advance(mean: jax.Array, new: jax.Array) -> jax.Array:
+    def advance(mean: jax.Array, new: jax.Array, target: Sharding | None) -> jax.Array:
+        mean = to_device(mean, target)
+        # The newcomer moves, never the mean: each device works on its own part.
+        new = bring(new, target) if target else beside(new, mean)
         if jnp.issubdtype(mean.dtype, jnp.inexact):
             new = _next_mean(mean, new, n)
-        return new if sample is None else jnp.where(sample, new, mean)
+        elif not jnp.issubdtype(mean.dtype, jax.dtypes.extended):
+            new = jnp.asarray(new, mean.dtype)  # not weakly typed, as the mean is not
+        return place(new if sample is None else jnp.where(sample, new, mean), target)
 
+    means, treedef = jax.tree.flatten(state.avg_params)
+    targets = targets or (None,) * len(means)
+    new_means = map(advance, means, jax.tree.leaves(params), targets)
     count = optax.safe_increment(n)
     return SWAState(
         num_updates=state.num_updates,
         num_averaged=count if sample is None else jnp.where(sample, count, n),
-        avg_params=jax.tree.map(advance, state.avg_params, params),
+        avg_params=jax.tree.unflatten(treedef, new_means),
     )
 
 
 def _next_mean(mean: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
     # An accumulator narrower than float32 was asked for to save memory, not to
     # round in between as well: compute wider, round once.
-    compute = jnp.promote_types(mean.dtype, jnp.float32)
+    compute = mean_dtype(mean.dtype, None)
     old, new = mean.astype(compute), jnp.asarray(new).astype(compute)
     count = (n + 1).astype(compute)
     # The first model replaces the mean: old + (new - old) would round, and would
@@ -229,7 +245,8 @@ def mean_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.promote_types(dtype, accumulator_dtype or dtype)
     if jnp.issubdtype(dtype, jnp.floating):
-        return accumulator_dtype or jnp.promote_types(dtype, jnp.float32)
+        narrow = jnp.finfo(dtype).bits < 32
+        return accumulator_dtype or (jnp.dtype(jnp.float32) if narrow else dtype)
     return dtype
 
 
@@ -312,20 +329,21 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
-def _own_shardings(
-    avg_params: PyTree, params: PyTree
-) -> tuple[Sharding | None, ...] | None:
+def _on_devices_of(mean: Any, param: Any) -> Any:
+    """Moves a leaf of the weights that lives on other devices than its mean."""
+    if is_traced(mean) or is_traced(param) or not isinstance(param, jax.Array):
+        return param
+    same = mean.sharding.device_set == param.sharding.device_set
+    return param if same else bring(param, mean.sharding)
+
+
+def _own_targets(avg_params: PyTree, params: PyTree) -> Targets:
     """Where the mean must stay, for the leaves that the weights would pull away."""
 
     def own(mean: Any, param: Any) -> Sharding | None:
-        if not (_is_concrete(mean) and _is_concrete(param)):
+        if is_traced(mean) or is_traced(param):
             return None
-        return None if mean.sharding == param.sharding else mean.sharding
+        here = isinstance(param, jax.Array) and mean.sharding == param.sharding
+        return None if here else mean.sharding
 
-    leaves = map(own, jax.tree.leaves(avg_params), jax.tree.leaves(params))
-    shardings = tuple(leaves)
-    return shardings if any(s is not None for s in shardings) else None
-
-
-def _is_concrete(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return tuple(map(own, jax.tree.leaves(avg_params), jax.tree.leaves(params)))

@@ -1,16 +1,19 @@
 """Where an average lives: beside the parameters, spread over devices, or on the host.
 
-The one rule for every kind of mesh: an array is moved to its sharding by the call that
-binds in its context. ``device_put`` does outside a trace and under Explicit axes; under
-Auto axes it is only a hint inside a trace, so there a sharding constraint fixes the
-layout and ``device_put`` the memory.
+The one rule for every kind of mesh: an array is moved by the call that binds in its
+context. Outside a trace that is ``device_put``. Inside, ``reshard`` under Explicit axes
+and a sharding constraint under Auto axes; ``device_put`` then only chooses the
+memory.
 """
 
+import functools
+import string
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, NamedSharding, Sharding
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 PyTree: TypeAlias = Any
 #: One sharding for every leaf, a (prefix) pytree of shardings, or a function from a
@@ -19,29 +22,36 @@ PyTree: TypeAlias = Any
 Placement: TypeAlias = (
     Sharding | PyTree | Callable[[jax.ShapeDtypeStruct], Sharding | None] | None
 )
+#: For each leaf of a tree, in order, where it lives.
+Targets: TypeAlias = tuple[Sharding | None, ...]
+
+_NO_HOST_MEMORY = jax.__version_info__ < (0, 10, 2)
 
 
-def place_tree(tree: PyTree, sharding: Placement) -> PyTree:
-    """Moves every leaf to where ``sharding`` says, inside a trace or outside."""
-    if sharding is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    if isinstance(sharding, Sharding):
-        targets: list[Any] = [sharding] * len(leaves)
+def resolve(sharding: Placement, tree: PyTree) -> Targets:
+    """Where ``sharding`` puts each leaf of ``tree``.
+
+    Raises:
+      TypeError: a target is neither a sharding nor ``None``.
+      ValueError: a pytree of shardings does not fit ``tree``, or this release of jax
+        cannot compute with host memory.
+    """
+    leaves = jax.tree.leaves(tree)
+    targets: list[Any]
+    if sharding is None or isinstance(sharding, Sharding):
+        targets = [sharding] * len(leaves)
     elif callable(sharding):
         specs = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
         targets = [sharding(spec) for spec in specs]
     else:
         try:
-            targets = jax.tree.leaves(
-                jax.tree.broadcast(sharding, tree, is_leaf=_is_target),
-                is_leaf=_is_target,
-            )
+            whole = jax.tree.broadcast(sharding, tree, is_leaf=_is_target)
         except ValueError as error:
             raise ValueError(
                 "sharding: a pytree of shardings must have the structure of params "
                 f"(or be a prefix of it); {error}"
             ) from error
+        targets = jax.tree.leaves(whole, is_leaf=_is_target)
     for target in targets:
         if not _is_target(target):
             raise TypeError(
@@ -49,7 +59,13 @@ def place_tree(tree: PyTree, sharding: Placement) -> PyTree:
                 "function from a ShapeDtypeStruct to one (or to None), got "
                 f"{type(target).__name__}: {target!r}"
             )
-    return jax.tree.unflatten(treedef, map(place, leaves, targets))
+        if target is not None and _in_host_memory(target) and _NO_HOST_MEMORY:
+            raise ValueError(
+                f"sharding in host memory needs jax >= 0.10.2, this is "
+                f"{jax.__version__}: earlier releases crash on the transfer; update "
+                "jax, or keep the average on the devices"
+            )
+    return tuple(targets)
 
 
 def _is_target(x: Any) -> bool:
@@ -60,21 +76,86 @@ def place(x: jax.Array, target: Sharding | None) -> jax.Array:
     """Moves one array to ``target``, inside a trace or outside."""
     if target is None:
         return x
-    if not isinstance(x, jax.core.Tracer) or _is_explicit(target):
+    if not is_traced(x):
         return jax.device_put(x, target)
-    # Under Auto axes only a constraint binds the layout, only device_put the memory.
-    x = jax.lax.with_sharding_constraint(x, _on_device(target))
-    return jax.device_put(x, target) if _in_host_memory(target) else x
+    if is_explicit(target):
+        x = jax.sharding.reshard(x, _on_device(target))
+    else:
+        x = jax.lax.with_sharding_constraint(x, _on_device(target))
+    return jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(target) else x
+
+
+def bring(x: jax.Array, target: Sharding | None) -> jax.Array:
+    """Moves one array to the devices of ``target``, leaving ``x`` where it is.
+
+    Under Auto axes a constraint on a value spreads to whatever it was computed from:
+    an average spread over the devices would spread the parameters as well, and every
+    step would gather them again. Here the flow is cut.
+    """
+    if target is None:
+        return x
+    target = _on_device(target)
+    cut = is_traced(x) and isinstance(target, NamedSharding) and x.ndim > 0
+    if cut and not is_explicit(target) and not target.is_fully_replicated:
+        x = _without_propagation(x.ndim)(x)
+    return place(x, target)
+
+
+@functools.cache
+def _without_propagation(ndim: int) -> Callable[[jax.Array], jax.Array]:
+    """The identity, as an operation that relates its operand's layout to nothing."""
+
+    @custom_partitioning
+    def identity(x: jax.Array) -> jax.Array:
+        return x
+
+    def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
+        del arg_shapes
+        wanted = result_shape.sharding
+        # Asking for the operand as the result is wanted makes XLA reshard it here: a
+        # slice on each device, where the operand is replicated.
+        return mesh, lambda x: x, wanted, (wanted,)
+
+    # For XLA's older partitioner only.
+    def infer(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
+        del arg_shapes, result_shape
+        return NamedSharding(mesh, PartitionSpec())
+
+    names = string.ascii_letters
+    before, after = " ".join(names[:ndim]), " ".join(names[ndim : 2 * ndim])
+    identity.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{before} -> {after}",
+    )
+    return identity
 
 
 def to_device(x: jax.Array, target: Sharding | None) -> jax.Array:
     """Brings an array that lives in host memory to its devices, to compute on it."""
     if target is None or not _in_host_memory(target):
         return x
-    return jax.device_put(x, _on_device(target))
+    return jax.device_put(x, jax.memory.Space.Device)
 
 
-def _is_explicit(target: Sharding) -> bool:
+def beside(x: jax.Array, other: Any) -> jax.Array:
+    """Moves one array to where ``other`` is, as far as that is known."""
+    if not is_traced(x) and not is_traced(other):
+        return place(x, getattr(other, "sharding", None))
+    if isinstance(other, jax.Array):
+        target = jax.typeof(other).sharding
+        if is_explicit(target):
+            return jax.sharding.reshard(x, target)
+    return x
+
+
+def is_traced(x: Any) -> bool:
+    """Whether ``x`` is a value inside a trace."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def is_explicit(target: Sharding) -> bool:
+    """Whether shardings of this mesh are part of an array's type."""
     return isinstance(target, NamedSharding) and AxisType.Explicit in (
         target.mesh.axis_types or ()
     )

@@ -25,7 +25,7 @@ from swa_jax.averaging import (
     leaf_dtype,
     mean_dtype,
 )
-from swa_jax.placement import Placement, PyTree, place, place_tree
+from swa_jax.placement import Placement, PyTree, beside, is_traced, resolve
 
 _MAX_STEP = np.iinfo(np.int32).max
 
@@ -132,12 +132,9 @@ def swa(
             sample &= t <= stop_step
         if skip_nonfinite:
             sample &= _all_finite(new_params)
-        # Resharding the newcomer, never the mean, keeps each device on its own part.
-        new_params = place_tree(new_params, sharding)
-        new = accumulate(state, new_params, sample)
-        return updates, new._replace(
-            num_updates=t, avg_params=place_tree(new.avg_params, sharding)
-        )
+        targets = resolve(sharding, state.avg_params)
+        new = accumulate(state, new_params, targets=targets, sample=sample)
+        return updates, new._replace(num_updates=t)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -260,7 +257,9 @@ def swa_params(opt_state: PyTree, params: PyTree) -> PyTree:
     state = swa_state(opt_state)
     average = _Average.of(state.avg_params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    some = state.num_averaged > 0
+    some: Any = state.num_averaged > 0
+    if not is_traced(some):
+        some = np.asarray(some)  # else it would tie the result to its own device
     used = [_read(average.find(path, leaf), leaf, some) for path, leaf in leaves]
     surplus = average.means.keys() - {path for path, _ in leaves}
     if surplus:
@@ -304,14 +303,16 @@ class _Average(NamedTuple):
         )
 
 
-def _read(mean: jax.Array | None, param: Any, some: jax.Array) -> jax.Array:
+def _read(mean: jax.Array | None, param: Any, some: Any) -> jax.Array:
     if mean is None:
         return param
-    if not any(isinstance(x, jax.core.Tracer) for x in (mean, param)):
-        # A mean spread over devices or kept on the host is gathered here, not before.
-        mean = place(mean, getattr(param, "sharding", None))
+    # A mean spread over devices or kept on the host is gathered here, not before.
+    param = jnp.asarray(param)
+    mean = beside(mean, param)
+    if mean.dtype != param.dtype:  # PRNG keys know no cast
+        mean = mean.astype(param.dtype)
     leading = (*some.shape, *(1,) * (mean.ndim - some.ndim))
-    return jnp.where(some.reshape(leading), mean.astype(leaf_dtype(param)), param)
+    return jnp.where(some.reshape(leading), mean, param)
 
 
 def _is_swa_state(x: Any) -> bool:
