@@ -6,14 +6,13 @@ and a sharding constraint under Auto axes; ``device_put`` then only chooses the
 memory.
 """
 
-import functools
-import string
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, Sharding
+
+from swa_jax.propagation import stop_propagation
 
 PyTree: TypeAlias = Any
 #: One sharding for every leaf, a (prefix) pytree of shardings, or a function from a
@@ -88,47 +87,15 @@ def place(x: jax.Array, target: Sharding | None) -> jax.Array:
 def bring(x: jax.Array, target: Sharding | None) -> jax.Array:
     """Moves one array to the devices of ``target``, leaving ``x`` where it is.
 
-    Under Auto axes a constraint on a value spreads to whatever it was computed from:
-    an average spread over the devices would spread the parameters as well, and every
-    step would gather them again. Here the flow is cut.
+    Each device takes the part that it will work on, if it holds it already without any
+    communication.
     """
     if target is None:
         return x
     target = _on_device(target)
-    cut = is_traced(x) and isinstance(target, NamedSharding) and x.ndim > 0
-    if cut and not is_explicit(target) and not target.is_fully_replicated:
-        x = _without_propagation(x.ndim)(x)
+    if is_traced(x) and not is_explicit(target):
+        x = stop_propagation(x)
     return place(x, target)
-
-
-@functools.cache
-def _without_propagation(ndim: int) -> Callable[[jax.Array], jax.Array]:
-    """The identity, as an operation that relates its operand's layout to nothing."""
-
-    @custom_partitioning
-    def identity(x: jax.Array) -> jax.Array:
-        return x
-
-    def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
-        del arg_shapes
-        wanted = result_shape.sharding
-        # Asking for the operand as the result is wanted makes XLA reshard it here: a
-        # slice on each device, where the operand is replicated.
-        return mesh, lambda x: x, wanted, (wanted,)
-
-    # For XLA's older partitioner only.
-    def infer(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
-        del arg_shapes, result_shape
-        return NamedSharding(mesh, PartitionSpec())
-
-    names = string.ascii_letters
-    before, after = " ".join(names[:ndim]), " ".join(names[ndim : 2 * ndim])
-    identity.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{before} -> {after}",
-    )
-    return identity
 
 
 def to_device(x: jax.Array, target: Sharding | None) -> jax.Array:
