@@ -2,9 +2,9 @@
 
 Under Auto mesh axes XLA infers shardings along the flow of data, in both directions. So
 an average that is spread over the devices would spread the parameters that enter it as
-well, and every step would gather them again. XLA's partitioner (Shardy) has an operation
-that stops this, ``sdy.propagation_barrier``; JAX has no function for it, so this module
-makes it a primitive. It is the one place that depends on how JAX lowers to MLIR.
+well, and every step would gather them again. XLA's partitioner, Shardy, can stop this:
+``sdy.propagation_barrier``. JAX has no function for it, so this module makes it a
+primitive. It is the one place that depends on how JAX lowers to MLIR.
 """
 
 from typing import Any

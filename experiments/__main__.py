@@ -1,0 +1,35 @@
+"""Command line: `python -m experiments NAME [--overrides]`."""
+
+import sys
+from collections.abc import Sequence
+
+import rich.console
+import tyro
+
+from experiments import configs, data
+from experiments.compare import train_and_evaluate
+from experiments.tune import tune
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the experiment that the command line names; return the exit status."""
+    config = tyro.extras.overridable_config_cli(
+        configs.EXPERIMENTS,
+        prog="python -m experiments",
+        description="Train SGD and SWA side by side on real data.",
+        args=args,
+    )
+    console = rich.console.Console()
+    try:
+        if config.tune:
+            tune(config, console)
+        else:
+            train_and_evaluate(config, console)
+    except (data.DataUnavailableError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

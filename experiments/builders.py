@@ -1,0 +1,154 @@
+"""tfds builders of our own: scikit-learn's digits, and Debian's Fashion-MNIST."""
+
+import gzip
+import math
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+# File name prefix -> number of examples that the published data set holds.
+FASHION_MNIST_COUNTS = {"train": 60_000, "t10k": 10_000}
+
+
+class Examples(NamedTuple):
+    """A split in memory."""
+
+    images: np.ndarray  # [num_examples, height, width, 1] uint8
+    labels: np.ndarray  # [num_examples] int32
+
+
+def _builder_info(
+    builder: tfds.core.DatasetBuilder, side: int, description: str
+) -> tfds.core.DatasetInfo:
+    # Tensor features are stored raw: reading and writing them needs no TensorFlow.
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Tensor(shape=(side, side, 1), dtype=np.uint8),
+            "label": tfds.features.Tensor(shape=(), dtype=np.int32),
+        }
+    )
+    return tfds.core.DatasetInfo(
+        builder=builder, description=description, features=features
+    )
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """scikit-learn's handwritten digits in three disjoint, stratified splits."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # The n-th example of every class goes to the split at n mod 6: half of the
+    # images train, a third test (small test sets hide differences), the rest tune.
+    SPLIT_CYCLE = ("test", "train", "validation", "train", "test", "train")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _builder_info(self, 8, "1,797 grey 8x8 images of handwritten digits.")
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        del dl_manager  # scikit-learn ships the data
+        names = sorted(set(self.SPLIT_CYCLE))
+        return {name: self._generate_examples(name) for name in names}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        import sklearn.datasets  # a second of import time, needed only once
+
+        images, labels = sklearn.datasets.load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+        seen = [0] * 10
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if self.SPLIT_CYCLE[seen[label] % len(self.SPLIT_CYCLE)] == split:
+                yield index, {"image": image, "label": np.int32(label)}
+            seen[label] += 1
+
+
+class FashionMnistIdx(tfds.core.GeneratorBasedBuilder):
+    """Fashion-MNIST from gzipped IDX files; every 6th training image validates."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, idx_dir: pathlib.Path, **kwargs: Any) -> None:
+        """Read the four IDX files in `idx_dir`; `kwargs` go to tfds."""
+        self._idx_dir = idx_dir
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _builder_info(self, 28, "70,000 grey 28x28 images of fashion articles.")
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        del dl_manager  # the files are already here
+        train = read_fashion_mnist(self._idx_dir, "train")
+        test = read_fashion_mnist(self._idx_dir, "t10k")
+        validates = np.arange(len(train.labels)) % 6 == 5
+        return {
+            "train": self._generate_examples(take(train, ~validates)),
+            "validation": self._generate_examples(take(train, validates)),
+            "test": self._generate_examples(test),
+        }
+
+    def _generate_examples(
+        self, examples: Examples
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, (image, label) in enumerate(zip(*examples, strict=True)):
+            yield index, {"image": image, "label": label}
+
+
+def take(examples: Examples, rows: np.ndarray | slice) -> Examples:
+    """Pick some rows of a split."""
+    return Examples(examples.images[rows], examples.labels[rows])
+
+
+def idx_files(idx_dir: pathlib.Path, prefix: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Paths of the images and labels whose file names start with `prefix`."""
+    return (
+        idx_dir / f"{prefix}-images-idx3-ubyte.gz",
+        idx_dir / f"{prefix}-labels-idx1-ubyte.gz",
+    )
+
+
+def read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes with `ndim` dimensions.
+
+    Raises:
+        ValueError: The file is not that, or is cut short.
+    """
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not a complete gzip file ({error}); reinstall it."
+        ) from error
+    magic = bytes([0, 0, 8, ndim])  # 8: unsigned bytes
+    header = 4 + 4 * ndim
+    if content[:4] != magic or len(content) < header:
+        raise ValueError(
+            f"{path} starts with bytes {content[:4].hex()}; an IDX file of unsigned"
+            f" bytes in {ndim} dimensions starts with {magic.hex()} and their sizes."
+        )
+    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
+    if len(content) - header != math.prod(shape):
+        raise ValueError(
+            f"{path} holds {len(content) - header} bytes of data; its header promises"
+            f" {math.prod(shape)} for shape {shape}. The file is damaged: reinstall it."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def read_fashion_mnist(idx_dir: pathlib.Path, prefix: str) -> Examples:
+    """Read and check the images and labels whose file names start with `prefix`."""
+    image_path, label_path = idx_files(idx_dir, prefix)
+    images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
+    expected = (FASHION_MNIST_COUNTS[prefix], 28, 28)
+    if images.shape != expected:
+        raise ValueError(
+            f"{image_path} has shape {images.shape}; Fashion-MNIST has {expected}."
+        )
+    if len(labels) != len(images) or labels.max() > 9:
+        raise ValueError(
+            f"{label_path} holds {len(labels)} labels up to {labels.max()}; the"
+            f" {len(images)} images need one label each, from 0 to 9."
+        )
+    return Examples(images[..., None], labels.astype(np.int32))

@@ -1,0 +1,41 @@
+"""A small convolutional network with BatchNorm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions with BatchNorm and ReLU, average pooling, a dense head.
+
+    Strided convolutions shrink the image: on CPUs the gradient of a pooling
+    layer costs more than the convolutions it follows.
+
+    Attributes:
+        widths: Channels of each convolution.
+        strides: Stride of each convolution.
+        pixel_max: Largest raw pixel value; inputs are scaled to [-0.5, 0.5].
+        num_classes: Number of logits.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    pixel_max: int
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Return logits [batch, num_classes] of raw images [batch, height, width, 1].
+
+        Args:
+            images: Raw pixels, of any real dtype.
+            train: Normalise by the batch's statistics and update the running
+                ones (collection `batch_stats`), instead of reading those.
+        """
+        x = images.astype(jnp.float32) / self.pixel_max - 0.5
+        for width, stride in zip(self.widths, self.strides, strict=True):
+            # BatchNorm subtracts the mean, so a bias before it would do nothing.
+            x = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            x = nn.relu(x)
+        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))

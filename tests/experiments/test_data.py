@@ -1,0 +1,187 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from experiments import builders, data
+from experiments.builders import Examples
+
+
+def numbered(count):
+    """Examples whose label tells them apart."""
+    labels = np.arange(count, dtype=np.int32)
+    images = np.broadcast_to(labels[:, None, None, None], (count, 8, 8, 1))
+    return Examples(images.astype(np.uint8), labels)
+
+
+def test_train_examples_is_a_fixed_prefix(tiny):
+    (small,) = data.load_splits(tiny, ("train",)).values()
+    more = dataclasses.replace(tiny, train_examples=1050, seeds=1)
+    with pytest.raises(ValueError, match=r"train_examples is 1050; .* has 896"):
+        data.load_splits(more, ("train",))
+    (larger,) = data.load_splits(
+        dataclasses.replace(tiny, train_examples=60), ("train",)
+    ).values()
+    assert small.images.shape == (20, 8, 8, 1)
+    assert small.images.dtype == np.uint8
+    assert small.labels.dtype == np.int32
+    np.testing.assert_array_equal(small.images, larger.images[:20])
+    np.testing.assert_array_equal(small.labels, larger.labels[:20])
+
+
+def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
+    monkeypatch.setattr(data, "_READ_BLOCK", 7)  # 20 examples: a ragged last block
+    (blocks,) = data.load_splits(tiny, ("train",)).values()
+    source = builders.Digits(
+        data_dir=tiny.data_dir, file_format="array_record"
+    ).as_data_source("train")
+    np.testing.assert_array_equal(
+        blocks.labels, [source[i]["label"] for i in range(20)]
+    )
+    np.testing.assert_array_equal(blocks.images[19], source[19]["image"])
+
+
+def test_load_splits_reads_only_what_is_named(tiny):
+    assert list(data.load_splits(tiny, ("validation",))) == ["validation"]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(20, 8), (24, 8), (5, 8), (3, 8)])
+def test_an_epoch_shows_every_example(count, batch_size):
+    order = data.epoch_order(count, batch_size, seed=3, epoch=2)
+    steps = -(-count // batch_size)
+    assert order.shape == (steps, batch_size)
+    shown = np.bincount(order.ravel(), minlength=count)
+    # Filling up the last batch repeats examples as evenly as can be.
+    assert shown.sum() == steps * batch_size
+    assert shown.min() == steps * batch_size // count >= 1
+    assert shown.max() - shown.min() <= 1
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    data.epoch_order.cache_clear()
+    first = data.epoch_order(50, 8, seed=1, epoch=4)
+    data.epoch_order.cache_clear()
+    np.testing.assert_array_equal(first, data.epoch_order(50, 8, seed=1, epoch=4))
+    assert np.any(first != data.epoch_order(50, 8, seed=2, epoch=4))
+    assert np.any(first != data.epoch_order(50, 8, seed=1, epoch=5))
+
+
+def test_train_batches_follow_the_order(tiny):
+    examples = numbered(20)
+    batches = list(data.train_batches(examples, tiny, seed=7))
+    labels = np.stack([batch["labels"] for batch in batches])
+    expected = [data.epoch_order(20, 8, seed=7, epoch=epoch) for epoch in range(4)]
+    np.testing.assert_array_equal(labels, np.concatenate(expected))
+    for batch in batches:
+        np.testing.assert_array_equal(batch["images"][:, 3, 5, 0], batch["labels"])
+
+
+def test_augmented_batches_repeat_and_differ(tiny, examples):
+    config = dataclasses.replace(tiny, max_shift=1, flip=True)
+    once, again = (list(data.train_batches(examples, config, 0)) for _ in range(2))
+    plain = list(data.train_batches(examples, tiny, 0))
+    for batch, repeated, original in zip(once, again, plain, strict=True):
+        np.testing.assert_array_equal(batch["images"], repeated["images"])
+        np.testing.assert_array_equal(batch["labels"], original["labels"])
+        assert np.any(batch["images"] != original["images"])
+
+
+def test_augment_shifts_and_mirrors():
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 256, (6, 5), dtype=np.uint8)
+    images = np.repeat(image[None, :, :, None], 200, axis=0)
+    # Oracle: all 3 x 3 shifts of the image and of its mirror image, by slicing.
+    possible = set()
+    for source in (image, image[:, ::-1]):
+        framed = np.zeros((8, 7), np.uint8)
+        framed[1:-1, 1:-1] = source
+        for top in range(3):
+            for left in range(3):
+                possible.add(framed[top : top + 6, left : left + 5].tobytes())
+    got = data.augment(images, rng, max_shift=1, flip=True)
+    assert got.shape == images.shape
+    # 200 draws of 18: each is missed with probability 1e-5.
+    assert {one[..., 0].tobytes() for one in got} == possible
+
+
+def test_eval_batches_count_every_example_once():
+    batches = data.eval_batches(numbered(20), 8)
+    assert [batch["mask"].sum() for batch in batches] == [8, 8, 4]
+    assert {batch["images"].shape for batch in batches} == {(8, 8, 8, 1)}
+    seen = np.concatenate([batch["labels"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(20))
+
+
+def test_image_batches_are_ragged_and_complete():
+    examples = numbered(20)
+    batches = data.image_batches(examples, 8)
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    np.testing.assert_array_equal(np.concatenate(batches), examples.images)
+
+
+@pytest.fixture
+def fashion(tiny):
+    return dataclasses.replace(
+        tiny, name="fashion_mnist", pixel_max=255, data_dir=None, train_examples=5
+    )
+
+
+def test_fashion_mnist_without_files_or_network(fashion, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
+    with pytest.raises(data.DataUnavailableError) as caught:
+        data.load_splits(fashion, ("train",))
+    message = str(caught.value)
+    assert "apt-get install dataset-fashion-mnist" in message
+    assert "pip install tensorflow-cpu &&" in message
+    assert "tfds build fashion_mnist --file_format=array_record" in message
+    assert "no route to host" in message
+
+
+class Rows(list):
+    """A data source in a list, read in blocks as tfds's are."""
+
+    def __getitems__(self, keys):
+        return [self[key] for key in keys]
+
+
+def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
+    stock = numbered(12)
+
+    def as_data_source(builder, split, **kwargs):
+        del kwargs
+        assert builder.name == "fashion_mnist"
+        rows = zip(*stock, strict=True)
+        rows = [{"image": image, "label": int(label)} for image, label in rows]
+        return Rows({"train[:50000]": rows[:8], "test": rows[8:]}[split])
+
+    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
+    with tfds.testing.mock_data(as_data_source_fn=as_data_source):
+        splits = data.load_splits(fashion, ("train", "test"))
+    np.testing.assert_array_equal(splits["train"].images, stock.images[:5])
+    np.testing.assert_array_equal(splits["test"].labels, stock.labels[8:])
+    assert splits["test"].labels.dtype == np.int32
+
+
+def test_fashion_mnist_prefers_the_installed_files(fashion, tmp_path, monkeypatch):
+    made = []
+
+    class Recorder:
+        def __init__(self, **kwargs):
+            made.append(kwargs["idx_dir"])
+
+        def download_and_prepare(self):
+            raise InterruptedError  # far enough
+
+    for prefix in ("train", "t10k"):
+        for path in builders.idx_files(tmp_path, prefix):
+            path.touch()
+    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path)
+    monkeypatch.setattr(builders, "FashionMnistIdx", Recorder)
+    with pytest.raises(InterruptedError):
+        data.load_splits(fashion, ("train",))
+    assert made == [tmp_path]

@@ -1,0 +1,159 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments import __main__, configs, data
+
+# As in the fixture `tiny`, through the command line.
+TINY = [
+    "digits",
+    *("--seeds", "2"),
+    *("--train-examples", "20"),
+    *("--epochs", "4"),
+    *("--swa-epochs", "1", "3"),
+    *("--batch-size", "8"),
+    *("--eval-batch-size", "256"),
+    *("--widths", "4", "4"),
+    *("--strides", "2", "2"),
+    *("--tune-seeds", "1"),
+]
+
+
+@pytest.fixture
+def run(tmp_path, data_dir):
+    def run(name, *overrides):
+        workdir = tmp_path / name
+        places = ["--workdir", str(workdir), "--data-dir", str(data_dir)]
+        assert __main__.main([*TINY, *places, *overrides]) == 0
+        return workdir
+
+    return run
+
+
+def test_digits_end_to_end(run, capsys):
+    workdir = run("first")
+    assert {path.name for path in workdir.iterdir()} == {
+        "curves.png",
+        "metrics.jsonl",
+        "results.json",
+        "results.md",
+    }
+    results = json.loads((workdir / "results.json").read_text())
+    arms = [(r["method"], r["swa_epochs"], r["bn_recomputed"]) for r in results["rows"]]
+    assert arms == [
+        ("sgd", 0, False),
+        ("swa", 1, True),
+        ("swa", 3, True),
+        ("swa", 3, False),
+    ]
+    for row in results["rows"]:
+        assert len(row["accuracy"]) == len(row["loss"]) == 2
+        for accuracy in row["accuracy"]:
+            # A fraction of all 601 test images, which fill no whole batch.
+            assert 0 <= accuracy <= 1
+            assert 601 * accuracy == pytest.approx(round(601 * accuracy), abs=1e-6)
+    *_, with_pass, without = (row["loss"] for row in results["rows"])
+    assert with_pass != without
+
+    shown = capsys.readouterr().out
+    assert "SWA, last 3 epochs" in shown
+    assert "20 train, 601 test images" in shown
+    assert (workdir / "results.md").read_text().count("\n") == 6
+
+    log = (workdir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    reports = [
+        (x["arm"], x["seed"], x["epoch"]) for x in lines if x["event"] == "train"
+    ]
+    assert reports == [
+        (arm, seed, epoch)
+        for arm in ("sgd", "swa1", "swa3")
+        for seed in range(2)
+        for epoch in range(1, 5)
+    ]
+    tests = [line for line in lines if line["event"] == "test"]
+    assert {line["seed"] for line in tests} == {0}
+    averages = [
+        (line["arm"], line["epoch"]) for line in tests if line["weights"] == "average"
+    ]
+    assert averages == [("swa1", 4), ("swa3", 2), ("swa3", 3), ("swa3", 4)]
+    # The last scores in the log are the first seed's in the results.
+    last = {(line["arm"], line["weights"]): line["accuracy"] for line in tests}
+    first_seed = [row["accuracy"][0] for row in results["rows"][:3]]
+    assert first_seed == [
+        last["sgd", "iterate"],
+        last["swa1", "average"],
+        last["swa3", "average"],
+    ]
+
+    # A seed's scores depend on no other seed and no other arm, and repeat exactly.
+    alone = run("alone", "--seeds", "1", "--swa-epochs", "3")
+    repeated = json.loads((alone / "results.json").read_text())["rows"]
+    for row, first in zip(
+        repeated, [results["rows"][i] for i in (0, 2, 3)], strict=True
+    ):
+        assert row["accuracy"] == first["accuracy"][:1]
+        assert row["loss"] == first["loss"][:1]
+
+
+def test_tune_flag_tunes(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(__main__, "tune", lambda config, console: seen.append(config))
+    assert __main__.main([*TINY, "--tune", "--swa-lr", "0.3"]) == 0
+    (config,) = seen
+    assert config == dataclasses.replace(
+        configs.DIGITS,
+        seeds=2,
+        train_examples=20,
+        epochs=4,
+        swa_epochs=(1, 3),
+        batch_size=8,
+        eval_batch_size=256,
+        widths=(4, 4),
+        strides=(2, 2),
+        tune=True,
+        tune_seeds=1,
+        swa_lr=0.3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["digits", "--epoch", "3"], "--epoch"),
+        (["digitz"], "digitz"),
+        (["digits", "--epochs", "many"], "many"),
+        (["digits", "--epochs", "7"], "swa_epochs contains 10 with epochs=7"),
+        ([], "Expected one of {digits, fashion_mnist}"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_errors(args, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(args)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [data.DataUnavailableError, FloatingPointError])
+def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
+    def fail(config, console):
+        raise kind("what to do")
+
+    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    assert __main__.main(["fashion_mnist"]) == 1
+    assert capsys.readouterr().err == "error: what to do\n"
+
+
+def test_help_lists_the_experiments():
+    shown = subprocess.run(
+        [sys.executable, "-m", "experiments", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in configs.EXPERIMENTS:
+        assert f"• {name} " in shown
+    assert "python -m experiments" in shown

@@ -1,0 +1,245 @@
+import dataclasses
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import swa_jax
+from experiments import data
+from experiments.train import (
+    Hooks,
+    Metrics,
+    make_arm,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    train,
+)
+
+
+class Recorder(Hooks):
+    """Keeps everything that training shows."""
+
+    def __init__(self):
+        self.steps, self.reports, self.ends = [], [], []
+
+    def on_step(self, step, loss, learning_rate):
+        self.steps.append((step, loss, learning_rate))
+
+    def on_report(self, report):
+        self.reports.append(report)
+
+    def on_epoch_end(self, epoch, state):
+        self.ends.append((epoch, jax.device_get(state)))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_average_is_the_mean_of_epoch_ends(tiny, examples, window):
+    recorder = Recorder()
+    arm = make_arm(tiny, examples, window)
+    state = train(tiny, arm, 0, examples, recorder)
+    assert [epoch for epoch, _ in recorder.ends] == [1, 2, 3, 4]
+    iterates = [end.params for _, end in recorder.ends[-window:]]
+    expected = jax.tree.map(
+        lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *iterates
+    )
+    found = swa_jax.swa_state(state.opt_state)
+    assert found.num_averaged == window
+    assert found.num_updates == 12
+    # A running mean of 3 float32 numbers: a few units in the last place.
+    chex.assert_trees_all_close(found.avg_params, expected, rtol=1e-6, atol=1e-7)
+    if window > 1:
+        moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), expected, iterates[-1])
+        assert min(jax.tree.leaves(moved)) > 1e-5  # it is not just the last iterate
+
+
+def test_sgd_schedule_is_a_cosine_to_zero(tiny):
+    schedule = make_schedule(tiny, steps=5, swa_epochs=0)
+    for step in (0, 7, 13, 20):
+        expected = tiny.learning_rate * (1 + math.cos(math.pi * step / 20)) / 2
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_swa_schedule_is_a_cosine_then_constant(tiny):
+    config = dataclasses.replace(tiny, learning_rate=0.4, swa_lr=0.1)
+    schedule = make_schedule(config, steps=5, swa_epochs=3)  # 5 steps of cosine
+    for step in range(20):
+        share = (1 + math.cos(math.pi * min(step / 5, 1))) / 2
+        np.testing.assert_allclose(schedule(step), 0.1 + 0.3 * share, rtol=1e-5)
+
+
+def test_arm_knows_its_learning_rates(tiny, examples):
+    arm = make_arm(tiny, examples, 0)
+    schedule = make_schedule(tiny, arm.steps_per_epoch, 0)
+    expected = [float(schedule(step)) for step in range(12)]
+    np.testing.assert_allclose(arm.learning_rates, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_two_steps_match_the_formula_of_sgd(tiny, examples):
+    """v <- m v + (g + wd p), p <- p - lr v, with decay for kernels only."""
+    config = dataclasses.replace(tiny, weight_decay=0.1)
+    model = make_model(config)
+    batches = [
+        data.Batch(images=examples.images[i : i + 8], labels=examples.labels[i : i + 8])
+        for i in (0, 8)
+    ]
+
+    def loss_fn(params, batch_stats, batch):
+        logits, _ = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["images"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        logs = jax.nn.log_softmax(logits)[jnp.arange(8), batch["labels"]]
+        return -jnp.mean(logs)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+    arm = make_arm(config, examples, 0)
+    state = arm.init(jax.random.key(1))
+    params = jax.device_get(state.params)
+    velocity = jax.tree.map(np.zeros_like, params)
+    for step, batch in enumerate(batches):
+        batch_stats = jax.device_get(state.batch_stats)
+        loss, grads = value_and_grad(params, batch_stats, batch)
+        rate = arm.learning_rates[step]
+        velocity = jax.tree.map(
+            lambda v, g, p: 0.9 * v + g + 0.1 * p * (p.ndim > 1),
+            velocity,
+            jax.device_get(grads),
+            params,
+        )
+        params = jax.tree.map(lambda p, v, r=rate: p - r * v, params, velocity)
+        state, metrics = arm.step(state, batch)
+        np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+        # float32 gradients, compiled differently.
+        chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_are_those_of_the_weights_before_the_update(tiny, examples):
+    arm = make_arm(tiny, examples, 0)
+    state = arm.init(jax.random.key(1))
+    model = make_model(tiny)
+    batch = data.Batch(images=examples.images[:8], labels=examples.labels[:8])
+    logits, updated = model.apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        batch["images"],
+        train=True,
+        mutable=["batch_stats"],
+    )
+    expected = np.mean(np.argmax(logits, axis=-1) == batch["labels"])
+    state, metrics = arm.step(state, batch)
+    assert metrics.accuracy == expected
+    chex.assert_trees_all_close(
+        state.batch_stats, updated["batch_stats"], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_step_is_compiled_once_and_donates(tiny, examples, window):
+    arm = make_arm(tiny, examples, window)
+    chex.clear_trace_counter()
+    step = make_train_step(make_model(tiny), make_optimizer(tiny, 3, window))
+    once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    train(tiny, dataclasses.replace(arm, step=once), 0, examples)
+    assert once._cache_size() == 1
+
+    train(tiny, arm, 0, examples)
+    train(tiny, arm, 1, examples)
+    assert arm.step._cache_size() == 1
+    state = arm.init(jax.random.key(0))
+    (batch, *_) = data.train_batches(examples, tiny, 0)
+    arm.step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_metrics_are_fetched_one_step_late(tiny, examples):
+    arm = make_arm(tiny, examples, 0)
+    events = []
+    numbers = itertools.count(1)
+
+    def step(state, batch):
+        events.append(("dispatched", next(numbers)))
+        return arm.step(state, batch)
+
+    hooks = Hooks()
+    hooks.on_step = lambda step, loss, rate: events.append(("seen", step))
+    train(tiny, dataclasses.replace(arm, step=step), 0, examples, hooks)
+    expected = [("dispatched", 1)]
+    for number in range(2, 13):
+        expected += [("dispatched", number), ("seen", number - 1)]
+    assert events == [*expected, ("seen", 12)]
+
+
+def test_reports_are_means_of_the_steps(tiny, examples):
+    recorder = Recorder()
+    arm = make_arm(tiny, examples, 1)
+    train(tiny, arm, 0, examples, recorder)
+    steps, losses, rates = (
+        np.array(column) for column in zip(*recorder.steps, strict=True)
+    )
+    np.testing.assert_array_equal(steps, np.arange(1, 13))
+    np.testing.assert_allclose(rates, arm.learning_rates, rtol=1e-6)
+    assert [report.epoch for report in recorder.reports] == [1, 2, 3, 4]
+    np.testing.assert_allclose(
+        [report.loss for report in recorder.reports],
+        losses.reshape(4, 3).mean(axis=1),
+        rtol=1e-6,
+    )
+    for number, report in enumerate(recorder.reports):
+        assert report.learning_rate == pytest.approx(rates[3 * number + 2])
+        assert report.examples_per_second > 0
+
+
+def test_training_learns(tiny, examples):
+    """Twenty random labels: chance is a loss of log 10; memory goes far below."""
+    config = dataclasses.replace(tiny, epochs=30, widths=(16, 16))
+    recorder = Recorder()
+    train(config, make_arm(config, examples, 0), 0, examples, recorder)
+    assert recorder.reports[0].loss > 1.5
+    assert recorder.reports[-1].loss < 0.5
+
+
+def test_seed_decides_everything(tiny, examples):
+    arm, other_arm = make_arm(tiny, examples, 0), make_arm(tiny, examples, 3)
+    start, same, different = (
+        a.init(jax.random.key(seed)).params
+        for a, seed in ((arm, 0), (other_arm, 0), (arm, 1))
+    )
+    chex.assert_trees_all_equal(start, same)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(start, different)
+    first, again, other = (
+        train(tiny, arm, seed, examples).params for seed in (0, 0, 1)
+    )
+    chex.assert_trees_all_equal(first, again)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(first, other, rtol=1e-3)
+
+
+def test_nonfinite_loss_names_the_step(tiny, examples):
+    arm = make_arm(tiny, examples, 0)
+    numbers = itertools.count(1)
+
+    def step(state, batch):
+        loss = jnp.asarray(jnp.nan if next(numbers) == 5 else 1.0)
+        return state, Metrics(loss, jnp.zeros([]))
+
+    recorder = Recorder()
+    with pytest.raises(
+        FloatingPointError,
+        match=r"loss is nan at step 5 \(epoch 2 of 4, arm sgd, .*--learning-rate",
+    ):
+        train(tiny, dataclasses.replace(arm, step=step), 0, examples, recorder)
+    assert [step for step, *_ in recorder.steps] == [1, 2, 3, 4]
+
+
+def test_divergence_is_noticed(tiny, examples):
+    config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"at step \d+ .* arm swa3"):
+        train(config, make_arm(config, examples, 3), 0, examples)
