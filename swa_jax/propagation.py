@@ -7,13 +7,10 @@ well, and every step would gather them again. XLA's partitioner, Shardy, can sto
 primitive. It is the one place that depends on how JAX lowers to MLIR.
 """
 
+import functools
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import sdy
 
 _NO_DIRECTION = 0  # the value NONE of Shardy's enumeration PropagationDirection
 
@@ -25,24 +22,33 @@ def stop_propagation(x: jax.Array) -> jax.Array:
     older partitioner (``jax_use_shardy_partitioner`` off), which has no barrier, it
     does nothing.
     """
-    return _barrier.bind(x)
+    return _barrier().bind(x)
+
+
+@functools.cache
+def _barrier() -> Any:
+    # Made on first use: jax.extend takes longer to import than all of this library.
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    barrier = Primitive("stop_sharding_propagation")
+    barrier.def_impl(lambda x: x)
+    barrier.def_abstract_eval(lambda aval: aval)
+    batching.primitive_batchers[barrier] = lambda args, axes: (
+        barrier.bind(*args),
+        axes[0],
+    )
+    ad.deflinear2(barrier, lambda cotangent, _: [cotangent])
+    mlir.register_lowering(barrier, _lower)
+    return barrier
 
 
 def _lower(context: Any, x: Any) -> list[Any]:
     del context
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return [x]
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import sdy
+
     direction = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), _NO_DIRECTION)
     return [sdy.propagation_barrier(x, direction)]
-
-
-def _batch(args: Any, axes: Any) -> tuple[jax.Array, Any]:
-    return stop_propagation(*args), axes[0]
-
-
-_barrier = Primitive("stop_sharding_propagation")
-_barrier.def_impl(lambda x: x)
-_barrier.def_abstract_eval(lambda aval: aval)
-mlir.register_lowering(_barrier, _lower)
-batching.primitive_batchers[_barrier] = _batch
-ad.deflinear2(_barrier, lambda cotangent, _: [cotangent])
