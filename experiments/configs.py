@@ -160,7 +160,15 @@ DIGITS = Config(
     tune_swa_lrs=(0.05, 0.1, 0.2),
 )
 
-# TODO-FASHION
+# Command: python -m experiments fashion_mnist --train-examples 5000
+# Run time: 11 minutes on 2 CPU cores that other jobs shared, with 5 seeds. Without
+# --train-examples it trains on all 50,000 images (10,000 more validate), and an epoch
+# costs ten times as much.
+# Expected test accuracy on 5,000 images: SGD 86.3 ± 0.3 %, SWA over the last 5 epochs
+# 86.3 ± 0.2 %, over the last 10 86.5 ± 0.2 %, and the latter without the BatchNorm pass
+# 80.2 ± 5.9 %; test loss 0.411, 0.405, 0.396 and 0.656.
+# Learning rates and weight decay were chosen on the validation split, by
+# python -m experiments fashion_mnist --train-examples 5000 --tune
 FASHION_MNIST = Config(
     name="fashion_mnist",
     pixel_max=255,
@@ -172,8 +180,8 @@ FASHION_MNIST = Config(
     swa_epochs=(5, 10),
     batch_size=64,
     eval_batch_size=500,
-    learning_rate=0.1,
-    swa_lr=0.1,
+    learning_rate=0.8,
+    swa_lr=0.2,
     momentum=0.9,
     weight_decay=5e-4,
     max_shift=0,

@@ -52,10 +52,7 @@ def test_table_shows_every_row(tiny):
     console = rich.console.Console(file=io.StringIO(), width=120)
     console.print(report.make_table(tiny, ROWS))
     shown = console.file.getvalue()
-    assert (
-        "digits: test split after 4 epochs, mean ± standard deviation of 2 seeds"
-        in shown
-    )
+    assert "digits: test split, 4 epochs, mean ± sample std of 2 seeds" in shown
     for text in ("98.00 ± 1.00", "SWA, last 5 epochs", "2.0000 ± 1.0000"):
         assert text in shown
 
