@@ -331,7 +331,7 @@ def _some(names: set[str]) -> str:
 
 def _on_devices_of(mean: Any, param: Any) -> Any:
     """Moves a leaf of the weights that lives on other devices than its mean."""
-    if is_traced(mean) or is_traced(param) or not isinstance(param, jax.Array):
+    if not (_is_placed(mean) and _is_placed(param)):
         return param
     same = mean.sharding.device_set == param.sharding.device_set
     return param if same else bring(param, mean.sharding)
@@ -341,9 +341,14 @@ def _own_targets(avg_params: PyTree, params: PyTree) -> Targets:
     """Where the mean must stay, for the leaves that the weights would pull away."""
 
     def own(mean: Any, param: Any) -> Sharding | None:
-        if is_traced(mean) or is_traced(param):
+        if not _is_placed(mean) or is_traced(param):
             return None
-        here = isinstance(param, jax.Array) and mean.sharding == param.sharding
+        here = _is_placed(param) and mean.sharding == param.sharding
         return None if here else mean.sharding
 
     return tuple(map(own, jax.tree.leaves(avg_params), jax.tree.leaves(params)))
+
+
+def _is_placed(x: Any) -> bool:
+    # Not a NumPy array, as checkpoints are restored to.
+    return isinstance(x, jax.Array) and not is_traced(x)

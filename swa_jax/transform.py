@@ -140,8 +140,8 @@ def swa(
 
 
 def _check_step(name: str, value: Any, *, at_least: int) -> Any:
-    if isinstance(value, jax.Array):  # inject_hyperparams makes it a traced one
-        return value.astype(jnp.int32)
+    if is_traced(value) and jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.int32)  # from inject_hyperparams: not known yet
     try:
         step = operator.index(value)
     except TypeError:
@@ -158,7 +158,7 @@ def _check_step(name: str, value: Any, *, at_least: int) -> Any:
 
 
 def _known(*steps: Any) -> bool:
-    return not any(isinstance(step, jax.Array) for step in steps)
+    return not any(map(is_traced, steps))
 
 
 def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -176,15 +176,36 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
                 f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
                 "be the same. Fix: pass the updates and the params of one model"
             )
-        return optax.apply_updates(param, update)
+        new = optax.apply_updates(param, update)
+        # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
+        # float32, and keep a copy of the old weights for it. The barrier makes the mean
+        # read what is stored. Wider weights are stored as computed.
+        narrow = jnp.issubdtype(new.dtype, jnp.floating) and (
+            jnp.finfo(new.dtype).bits < 32
+        )
+        return jax.lax.optimization_barrier(new) if narrow else new
 
-    return jax.tree_util.tree_map_with_path(apply, params, updates)
+    try:
+        return jax.tree_util.tree_map_with_path(apply, params, updates)
+    except ValueError as error:
+        if str(error).startswith("swa: "):
+            raise
+        raise ValueError(
+            "swa: updates must have the structure of params. Fix: pass the updates "
+            f"and the params of one model; {error}"
+        ) from error
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    parts = [
+        y for x in leaves for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))
+    ]
+    # By the extremes, which NaN passes through: XLA fuses these two into one reading,
+    # but stores a byte for every weight for isfinite(x).all().
+    extremes = [f(x, initial=0) for x in parts for f in (jnp.max, jnp.min)]
     return functools.reduce(
-        jnp.logical_and, (jnp.isfinite(x).all() for x in leaves), jnp.array(True)
+        jnp.logical_and, map(jnp.isfinite, extremes), jnp.array(True)
     )
 
 

@@ -1,0 +1,418 @@
+"""Where an average lives: beside sharded parameters, spread over devices, on the host.
+
+Eight CPU devices, under Auto and Explicit mesh axes. Values are powers of two or their
+sums over powers of two, hence exact whatever the order of operations: what can differ
+is the place.
+"""
+
+import contextlib
+import functools
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import swa_jax
+
+from .compiled import assert_in_place, bytes_per_device
+
+AXES = [AxisType.Auto, AxisType.Explicit]
+_COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
+
+
+@pytest.fixture(params=AXES, ids=["auto", "explicit"])
+def mesh(request):
+    """All eight devices in one axis, and the context that code for it runs in."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(request.param,))
+    explicit = request.param == AxisType.Explicit
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        yield mesh
+
+
+def spread(mesh) -> NamedSharding:
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def everywhere(mesh) -> NamedSharding:
+    """A copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def where_it_divides(mesh, memory_kind: str | None = None):
+    """The rule that a user would write for any model."""
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
+        divides = leaf.shape and leaf.shape[0] % 8 == 0
+        target = spread(mesh) if divides else everywhere(mesh)
+        return target.with_memory_kind(memory_kind) if memory_kind else target
+
+    return sharding
+
+
+def model(value: float = 1.0) -> dict[str, np.ndarray]:
+    """A weight that divides by eight, a bias that does not, and a bfloat16 weight."""
+    return {
+        "w": np.full((16, 4), value, np.float32),
+        "b": np.full(3, 2 * value, np.float32),
+        "h": np.full((8, 2), value, jnp.bfloat16),
+    }
+
+
+def shard(tree: Any, mesh) -> Any:
+    """As fully sharded training does."""
+    rule = where_it_divides(mesh)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, rule(jax.ShapeDtypeStruct(x.shape, x.dtype))), tree
+    )
+
+
+def local_shapes(tree: Any) -> dict[str, set[tuple[int, ...]]]:
+    """The shapes that devices really hold."""
+    return {
+        name: {s.data.shape for s in leaf.addressable_shards}
+        for name, leaf in tree.items()
+    }
+
+
+WHOLE = {"w": {(16, 4)}, "b": {(3,)}, "h": {(8, 2)}}
+SPREAD = {"w": {(2, 4)}, "b": {(3,)}, "h": {(1, 2)}}
+
+
+def assert_placed_like(tree: Any, other: Any) -> None:
+    """Same devices, same parts, same kind of memory."""
+
+    def check(a, b):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+        assert a.sharding.memory_kind == b.sharding.memory_kind
+
+    jax.tree.map(check, tree, other)
+
+
+def make_step(tx, gradient=lambda x: -jnp.ones_like(x)):
+    """A training step; by default each update adds 1."""
+
+    def step(params, opt_state):
+        grads = jax.tree.map(gradient, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def train(tx, params, *, steps: int = 3, jit_init: bool = True):
+    """The parameters and the optimizer state after some steps, and the step."""
+    opt_state = (jax.jit(tx.init) if jit_init else tx.init)(params)
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    for _ in range(steps):
+        params, opt_state = step(params, opt_state)
+    return params, opt_state, step
+
+
+def after(steps: int) -> dict[str, np.ndarray]:
+    """The mean of the weights after updates 1 to ``steps``."""
+    return jax.tree.map(lambda x: np.float32(x) + (steps + 1) / 2, model())
+
+
+# Beside sharded parameters.
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_average_is_created_where_the_parameters_are(mesh, jit):
+    params = shard(model(), mesh)
+    init = jax.jit(swa_jax.init_average) if jit else swa_jax.init_average
+    state = init(params)
+    assert_placed_like(state.avg_params, params)
+    assert local_shapes(state.avg_params) == SPREAD
+
+
+@pytest.mark.parametrize("jit_init", [False, True])
+def test_average_stays_where_the_parameters_are(mesh, jit_init):
+    start = shard(model(), mesh)
+    tx = optax.chain(optax.sgd(1.0), swa_jax.swa())
+    params, opt_state, _ = train(tx, start, jit_init=jit_init)
+    average = swa_jax.swa_state(opt_state).avg_params
+    assert_placed_like(params, start)
+    assert_placed_like(average, start)
+    chex.assert_trees_all_equal(jax.device_get(average), after(3))
+    read = swa_jax.swa_params(opt_state, params)
+    assert_placed_like(read, start)
+    chex.assert_trees_all_equal_dtypes(read, params)
+
+
+def test_sharded_averaging_is_in_place_and_silent(mesh):
+    params = shard({"w": jnp.ones((512, 256)), "b": jnp.ones(3)}, mesh)
+    state = jax.jit(swa_jax.init_average)(params)
+    step = jax.jit(swa_jax.update_average, donate_argnums=0)
+    compiled = step.lower(state, params).compile()
+    assert_in_place(compiled, donated=state, average=state.avg_params)
+    assert _COLLECTIVE.findall(compiled.as_text()) == []
+
+
+def test_swa_compiles_no_more_often_than_momentum(mesh):
+    # JAX itself compiles a sharded step anew where the first outputs spell their
+    # sharding otherwise than the inputs did. Momentum shows how often.
+    momentum = optax.sgd(1.0, momentum=0.5)
+    counts = [
+        train(tx, shard(model(), mesh), steps=5)[2]._cache_size()
+        for tx in (momentum, optax.chain(momentum, swa_jax.swa()))
+    ]
+    assert counts[1] <= counts[0]
+
+
+def test_update_average_keeps_sharded_parameters_where_they_are(mesh):
+    params = shard(model(1), mesh)
+    state = swa_jax.init_average(params)
+    for value in (1, 2, 6):
+        state = swa_jax.update_average(state, shard(model(value), mesh))
+    assert_placed_like(state.avg_params, params)
+    expected = jax.tree.map(np.float32, model(3))
+    chex.assert_trees_all_equal(jax.device_get(state.avg_params), expected)
+
+
+# Spread over replicas.
+
+
+@pytest.mark.parametrize(("how", "jit_init"), [("pytree", False), ("function", True)])
+def test_average_spread_over_replicas(mesh, how, jit_init):
+    rule = where_it_divides(mesh)
+    tree = {"w": spread(mesh), "b": None, "h": spread(mesh)}
+    tx = optax.chain(
+        optax.sgd(1.0), swa_jax.swa(sharding=tree if how == "pytree" else rule)
+    )
+    start = jax.device_put(model(), everywhere(mesh))
+    opt_state = (jax.jit(tx.init) if jit_init else tx.init)(start)
+    assert local_shapes(swa_jax.swa_state(opt_state).avg_params) == SPREAD
+
+    _, opt_state, _ = train(tx, start, jit_init=jit_init)
+    average = swa_jax.swa_state(opt_state).avg_params
+    assert local_shapes(average) == SPREAD
+    # An eighth of w and h (float32 by then) and all of b: 4 bytes each.
+    assert bytes_per_device(average) == 4 * (16 * 4 // 8 + 3 + 8 * 2 // 8)
+    chex.assert_trees_all_equal(jax.device_get(average), after(3))
+
+    read = swa_jax.swa_params(opt_state, start)
+    assert_placed_like(read, start)
+    assert local_shapes(read) == WHOLE
+    chex.assert_trees_all_equal(jax.tree.map(np.float32, read), after(3))
+
+
+def test_parameters_stay_whole_beside_a_spread_average(mesh):
+    # Under Auto axes XLA likes to carry the average's sharding back into the weights:
+    # then every step gathers them again.
+    start = jax.device_put(model(), everywhere(mesh))
+    plain = optax.sgd(1.0)
+    tx = optax.chain(plain, swa_jax.swa(sharding=where_it_divides(mesh)))
+    counts = []
+    for each in (plain, tx):
+        step = jax.jit(make_step(each, jnp.cos))
+        opt_state = jax.jit(each.init)(start)
+        assert_placed_like(step(start, opt_state)[0], start)
+        compiled = step.lower(start, opt_state).compile()
+        counts.append(len(_COLLECTIVE.findall(compiled.as_text())))
+    assert counts == [0, 0]
+
+
+def test_spread_average_is_in_place(mesh):
+    params = jax.device_put(
+        {"w": jnp.ones((512, 256)), "b": jnp.ones(3)}, everywhere(mesh)
+    )
+    tx = optax.chain(optax.sgd(1.0), swa_jax.swa(sharding=where_it_divides(mesh)))
+    opt_state = jax.jit(tx.init)(params)
+    # A gradient that costs something: XLA computes a constant one twice, and then needs
+    # the old weights after they were overwritten, with swa() or without.
+    step = jax.jit(make_step(tx, jnp.cos), donate_argnums=(0, 1))
+    compiled = step.lower(params, opt_state).compile()
+    average = swa_jax.swa_state(opt_state).avg_params
+    # Measured by the parameters, of which the newcomer's slice is an eighth.
+    assert_in_place(compiled, donated=(params, opt_state), average=params)
+    assert bytes_per_device(average) < bytes_per_device(params) / 7
+
+
+def test_single_sharding_holds_for_every_leaf(mesh):
+    state = swa_jax.init_average(
+        {"w": np.ones((8, 2)), "v": np.ones(16)}, sharding=spread(mesh)
+    )
+    assert local_shapes(state.avg_params) == {"w": {(1, 2)}, "v": {(2,)}}
+
+
+def test_prefix_pytree(mesh):
+    params = {
+        "big": {"w": np.ones((8, 2)), "v": np.ones(8)},
+        "small": {"b": np.ones(3)},
+    }
+    state = swa_jax.init_average(
+        params, sharding={"big": spread(mesh), "small": everywhere(mesh)}
+    )
+    assert local_shapes(state.avg_params["big"]) == {"w": {(1, 2)}, "v": {(1,)}}
+    assert local_shapes(state.avg_params["small"]) == {"b": {(3,)}}
+
+
+def test_function_sees_the_dtype_of_the_average(mesh):
+    seen = []
+    swa_jax.init_average(model(), sharding=lambda leaf: seen.append(leaf))
+    assert {(s.shape, s.dtype) for s in seen} == {
+        ((16, 4), jnp.dtype("float32")),
+        ((3,), jnp.dtype("float32")),
+        ((8, 2), jnp.dtype("float32")),
+    }
+
+
+def test_none_leaves_a_leaf_beside_its_parameter(mesh):
+    params = shard(model(), mesh)
+    state = swa_jax.init_average(params, sharding=lambda leaf: None)
+    assert_placed_like(state.avg_params, params)
+
+
+def test_update_average_keeps_a_spread_average_spread(mesh):
+    params = jax.device_put(model(), everywhere(mesh))
+    state = swa_jax.init_average(params, sharding=where_it_divides(mesh))
+    placed = jax.tree.map(jnp.copy, state.avg_params)
+    for value in (1, 2, 6):
+        new = jax.device_put(model(value), everywhere(mesh))
+        state = swa_jax.update_average(state, new)
+        assert_placed_like(state.avg_params, placed)
+    expected = jax.tree.map(np.float32, model(3))
+    chex.assert_trees_all_equal(jax.device_get(state.avg_params), expected)
+    average = swa_jax.swa_params(state, params)
+    chex.assert_trees_all_equal(jax.tree.map(np.float32, average), expected)
+    assert_placed_like(average, params)
+
+
+def test_swa_params_inside_jit_of_a_spread_average(mesh):
+    params = jax.device_put(model(), everywhere(mesh))
+    state = swa_jax.init_average(params, sharding=where_it_divides(mesh))
+    state = swa_jax.update_average(state, params)
+    read = jax.jit(swa_jax.swa_params)(state, params)
+    chex.assert_trees_all_equal(jax.device_get(read), model())
+
+
+def test_update_average_inside_jit_of_a_spread_average(mesh):
+    params = jax.device_put(model(2), everywhere(mesh))
+    state = swa_jax.init_average(params, sharding=where_it_divides(mesh))
+    state = jax.jit(swa_jax.update_average)(state, params)
+    assert local_shapes(state.avg_params) == SPREAD
+    expected = jax.tree.map(np.float32, model(2))
+    chex.assert_trees_all_equal(jax.device_get(state.avg_params), expected)
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+def test_update_average_with_unplaced_params(mesh, make):
+    # NumPy arrays and arrays on the default device follow a spread average.
+    state = swa_jax.init_average(
+        jax.device_put(model(), everywhere(mesh)), sharding=where_it_divides(mesh)
+    )
+    for _ in range(2):
+        state = swa_jax.update_average(state, jax.tree.map(make, model(2)))
+    assert local_shapes(state.avg_params) == SPREAD
+    expected = jax.tree.map(np.float32, model(2))
+    chex.assert_trees_all_equal(jax.device_get(state.avg_params), expected)
+
+
+def test_average_on_another_device():
+    first, second = (SingleDeviceSharding(device) for device in jax.devices()[:2])
+    params = jax.device_put(model(4), first)
+    state = swa_jax.init_average(params, sharding=second)
+    for _ in range(2):
+        state = swa_jax.update_average(state, params)
+    assert {x.sharding for x in jax.tree.leaves(state.avg_params)} == {second}
+    read = swa_jax.swa_params(state, params)
+    assert {x.sharding for x in jax.tree.leaves(read)} == {first}
+    chex.assert_trees_all_equal(jax.device_get(read), model(4))
+
+
+# Host memory.
+
+needs_host_memory = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="older JAX crashes on the transfer"
+)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 10, 2), reason="this JAX can use host memory"
+)
+@pytest.mark.parametrize("make", ["init_average", "swa"])
+def test_host_memory_is_refused_where_jax_crashes(make):
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    init = swa_jax.swa(sharding=host).init
+    if make == "init_average":
+        init = functools.partial(swa_jax.init_average, sharding=host)
+    with pytest.raises(ValueError, match=r"host memory needs jax >= 0.10.2, this is 0"):
+        init(model())
+
+
+@needs_host_memory
+def test_average_in_host_memory(mesh):
+    rule = where_it_divides(mesh, "pinned_host")
+    params = jax.device_put(model(), everywhere(mesh))
+    state = swa_jax.init_average(params, sharding=rule)
+    placed = jax.tree.map(lambda x: x.sharding, state.avg_params)
+    for value in (1, 2, 6):
+        new = jax.device_put(model(value), everywhere(mesh))
+        state = swa_jax.update_average(state, new)
+        for name, leaf in state.avg_params.items():
+            assert leaf.sharding.memory_kind == "pinned_host"
+            assert leaf.sharding.is_equivalent_to(placed[name], leaf.ndim)
+    assert local_shapes(state.avg_params) == SPREAD
+    assert int(state.num_averaged) == 3
+    read = swa_jax.swa_params(state, params)
+    assert_placed_like(read, params)
+    expected = jax.tree.map(np.float32, model(3))
+    chex.assert_trees_all_equal(jax.tree.map(np.float32, read), expected)
+    # Read twice: the first reading moved nothing.
+    swa_jax.swa_params(state, params)
+    assert {x.sharding.memory_kind for x in state.avg_params.values()} == {
+        "pinned_host"
+    }
+
+
+@needs_host_memory
+def test_average_in_host_memory_of_one_device():
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    state = swa_jax.init_average(model(), sharding=host)
+    for value in (2, 4):
+        state = swa_jax.update_average(state, model(value))
+    assert {x.sharding.memory_kind for x in state.avg_params.values()} == {
+        "pinned_host"
+    }
+    read = swa_jax.swa_params(state, model())
+    chex.assert_trees_all_equal(jax.device_get(read), model(3))
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("sharding", "error", "message"),
+    [
+        ("data", TypeError, r"sharding must be .*got str: 'data'"),
+        (PartitionSpec("data"), TypeError, r"sharding must be a jax.sharding.Sharding"),
+        ({"w": "data", "b": None, "h": None}, TypeError, r"got str: 'data'"),
+        (lambda leaf: leaf.shape, TypeError, r"sharding must be .*got tuple: \("),
+        ({"w": None}, ValueError, r"sharding: .*structure of params .or be a prefix"),
+        ([None, None], ValueError, r"sharding: .*structure of params"),
+    ],
+)
+@pytest.mark.parametrize("make", ["init_average", "swa"])
+def test_refused_shardings(sharding, error, message, make):
+    init = swa_jax.swa(sharding=sharding).init
+    if make == "init_average":
+        init = functools.partial(swa_jax.init_average, sharding=sharding)
+    with pytest.raises(error, match=f"(?s){message}"):
+        init(model())
+
+
+def test_sharding_that_does_not_divide_is_jaxs_own_error(mesh):
+    with pytest.raises(ValueError, match=r"divisible by 8|evenly divide"):
+        swa_jax.init_average({"b": np.ones(3)}, sharding=spread(mesh))
