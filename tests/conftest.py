@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Its name before jax 0.8 was jax.experimental.enable_x64.
-_enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+_enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Experiments that train real networks with swa_jax; run `python -m experiments`."""
