@@ -126,7 +126,7 @@ class Report:
       copied: bytes of the results of all copy instructions.
       collectives: how often each kind of communication occurs.
       moved: paths of the outputs that are placed otherwise than their inputs.
-      total: bytes that the call needs: arguments, outputs and temporaries.
+      total: bytes that the call needs: arguments, outputs, temporaries, code.
     """
 
     average: int
@@ -164,7 +164,10 @@ class Report:
             copied=memory(compiled).copied,
             collectives=dict(collectives(compiled)),
             moved=moved(compiled, outputs),
-            total=stats.argument_size_in_bytes + fresh + stats.temp_size_in_bytes,
+            total=stats.argument_size_in_bytes
+            + fresh
+            + stats.temp_size_in_bytes
+            + stats.generated_code_size_in_bytes,
         )
 
     def violations(self, base: "Report") -> set[str]:

@@ -11,7 +11,6 @@ from experiments.resnet import STAGES, ResNet
 
 from ..aot.cases import RESNET50
 
-
 IMAGES = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.bfloat16)
 
 
