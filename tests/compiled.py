@@ -65,21 +65,19 @@ def moved(compiled: Any, outputs: Any) -> list[str]:
     Args:
       compiled: a ``jax.stages.Compiled``.
       outputs: ``ShapeDtypeStruct``s, or arrays, with the shardings that are wanted;
-        ``None`` for an output that may be anywhere.
+        ``None`` for an array that may be anywhere.
 
     Returns:
       Their paths.
     """
-    found = compiled.output_shardings
 
     def differs(wanted: Any, sharding: Any) -> bool:
+        if wanted is None:
+            return False
         return not wanted.sharding.is_equivalent_to(sharding, len(wanted.shape))
 
     wrong = jax.tree.map(
-        lambda wanted, part: jax.tree.map(differs, wanted, part),
-        outputs,
-        found,
-        is_leaf=lambda x: x is None,
+        differs, outputs, compiled.output_shardings, is_leaf=lambda x: x is None
     )
     flat, _ = jax.tree_util.tree_flatten_with_path(wrong)
     return [jax.tree_util.keystr(path) for path, differ in flat if differ]
