@@ -20,7 +20,7 @@ import pytest
 import swa_jax
 from swa_jax.averaging import accumulate
 
-from .compiled import assert_in_place, memory
+from ..compiled import assert_in_place, memory
 
 U = 2.0**-24
 

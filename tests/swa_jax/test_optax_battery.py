@@ -18,7 +18,7 @@ import pytest
 import swa_jax
 from swa_jax.averaging import accumulate
 
-from .compiled import assert_in_place, bytes_per_device, memory
+from ..compiled import assert_in_place, bytes_per_device, memory
 
 U = 2.0**-24
 

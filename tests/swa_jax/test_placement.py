@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 import swa_jax
 
-from .compiled import assert_in_place, bytes_per_device
+from ..compiled import assert_in_place, bytes_per_device
 
 AXES = [AxisType.Auto, AxisType.Explicit]
 _COLLECTIVE = re.compile(

@@ -1,0 +1,261 @@
+"""What is compiled: averaging on ResNet-50's parameters, by name.
+
+A name reads step/layout/axes, as in "swa/fsdp/explicit". Nothing here holds an array:
+shapes with shardings are all that a compiler needs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import swa_jax
+from swa_jax import averaging
+
+from ..compiled import Report
+from . import defects
+
+Shapes = list[tuple[int, ...]]
+Devices = Sequence[Any]
+#: From a leaf's shape to where it lives.
+Layout = Callable[[tuple[int, ...]], NamedSharding]
+
+
+def resnet50_shapes() -> Shapes:
+    """The 161 parameters of ResNet-50: kernels, and a scale and a bias of each norm."""
+    shapes: Shapes = []
+
+    def convolution(window: int, inputs: int, outputs: int) -> None:
+        shapes.extend([(window, window, inputs, outputs), (outputs,), (outputs,)])
+
+    convolution(7, 3, 64)
+    inputs = 64
+    for width, blocks in zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True):
+        for block in range(blocks):
+            convolution(1, inputs, width)
+            convolution(3, width, width)
+            convolution(1, width, 4 * width)
+            if block == 0:
+                convolution(1, inputs, 4 * width)  # the shortcut's projection
+            inputs = 4 * width
+    return [*shapes, (inputs, 1000), (1000,)]
+
+
+RESNET50 = resnet50_shapes()
+#: The last bottleneck and the head, 6.5M parameters: enough where a defect shows in any
+#: tree, and takes minutes to compile in the whole one.
+TAIL = RESNET50[-11:]
+
+SGD = optax.sgd(0.1, momentum=0.9)
+SWA = optax.chain(SGD, swa_jax.swa(start_step=100, period=10))
+
+
+def mesh_of(devices: Devices, axes: AxisType = AxisType.Auto) -> Mesh:
+    """All devices in one axis."""
+    return Mesh(np.array(devices), ("data",), axis_types=(axes,))
+
+
+def replicated(mesh: Mesh) -> Layout:
+    """A copy on each device."""
+    return lambda shape: NamedSharding(mesh, PartitionSpec())
+
+
+def fsdp(mesh: Mesh) -> Layout:
+    """Every leaf split along its first axis that divides; ResNet-50's all have one."""
+
+    def layout(shape: tuple[int, ...]) -> NamedSharding:
+        axis = next((i for i, d in enumerate(shape) if d % mesh.size == 0), None)
+        split = () if axis is None else (*[None] * axis, "data")
+        return NamedSharding(mesh, PartitionSpec(*split))
+
+    return layout
+
+
+LAYOUTS = {"replicated": replicated, "fsdp": fsdp}
+
+
+def placed(tree: Any, layout: Layout) -> Any:
+    """``ShapeDtypeStruct``s of a tree, each where the layout says."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(x.shape)), tree
+    )
+
+
+def make_step(tx: Any) -> Callable[..., Any]:
+    """What remains of a training step when its gradients are given."""
+
+    def step(params: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def compile_step(
+    devices: Devices,
+    tx: Any,
+    layout: str,
+    axes: AxisType = AxisType.Auto,
+    *,
+    shapes: Shapes = RESNET50,
+    dtype: Any = jnp.float32,
+    donate: bool = True,
+) -> Report:
+    """The optimizer's whole step; parameters and state are reused."""
+    where = LAYOUTS[layout](mesh_of(devices, axes))
+    params = _params(shapes, dtype, where)
+    opt_state = placed(jax.eval_shape(tx.init, params), where)
+    compiled = (
+        jax.jit(make_step(tx), donate_argnums=(0, 1) if donate else ())
+        .lower(params, opt_state, params)
+        .compile()
+    )
+    return Report.of(
+        compiled,
+        average=params if tx is SGD else swa_jax.swa_state(opt_state).avg_params,
+        donated=(params, opt_state),
+        outputs=(params, opt_state),
+    )
+
+
+def compile_spread(devices: Devices, axes: AxisType) -> Report:
+    """Parameters on every device, the average spread over them."""
+    mesh = mesh_of(devices, axes)
+    everywhere, spread = replicated(mesh), fsdp(mesh)
+    params = _params(RESNET50, jnp.float32, everywhere)
+    tx = optax.chain(SGD, swa_jax.swa(100, 10, sharding=lambda x: spread(x.shape)))
+    momentum, average = jax.eval_shape(optax.chain(SGD, swa_jax.swa()).init, params)
+    average = placed(average, everywhere)._replace(
+        avg_params=placed(average.avg_params, spread)
+    )
+    opt_state = (placed(momentum, everywhere), average)
+    outputs = (params, opt_state)
+    # Under Auto axes XLA chooses where outputs go; who trains pins them down.
+    pinned = jax.tree.map(lambda x: x.sharding, outputs)
+    compiled = (
+        jax.jit(
+            make_step(tx),
+            donate_argnums=(0, 1),
+            out_shardings=pinned if axes == AxisType.Auto else None,
+        )
+        .lower(params, opt_state, params)
+        .compile()
+    )
+    return Report.of(
+        compiled, average=average.avg_params, donated=outputs, outputs=outputs
+    )
+
+
+def compile_update(devices: Devices, layout: str) -> Report:
+    """``update_average``, as it is called from a loop; the state is reused."""
+    where = LAYOUTS[layout](mesh_of(devices))
+    params = _params(RESNET50, jnp.float32, where)
+    state = placed(jax.eval_shape(swa_jax.init_average, params), where)
+    # Not through the public name: jitted around it, it would be our donation, not its.
+    compiled = averaging._jitted_update.lower(state, params, None).compile()
+    return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
+
+
+def _params(shapes: Shapes, dtype: Any, where: Layout) -> dict[str, Any]:
+    return placed(
+        {f"{i:03}": jax.ShapeDtypeStruct(s, dtype) for i, s in enumerate(shapes)}, where
+    )
+
+
+def compile_training(devices: Devices) -> Report:
+    """ResNet-50's training step with SWA, data parallel, 256 images in bfloat16."""
+    from experiments.resnet import STAGES, ResNet
+
+    mesh = mesh_of(devices)
+    everywhere = replicated(mesh)
+    model = ResNet(STAGES["resnet50"], dtype=jnp.bfloat16)
+    tx = optax.chain(optax.add_decayed_weights(1e-4), SWA)
+
+    def batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        return jax.ShapeDtypeStruct((256, *shape), dtype, sharding=split)
+
+    images, labels = batch((224, 224, 3), jnp.bfloat16), batch((), jnp.int32)
+
+    def step(params: Any, batch_stats: Any, opt_state: Any, x: Any, y: Any) -> Any:
+        def loss_fn(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return loss, new["batch_stats"]
+
+        (loss, new_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new_stats, opt_state, loss
+
+    init = functools.partial(model.init, train=False)
+    variables = placed(jax.eval_shape(init, jax.random.key(0), images), everywhere)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    opt_state = placed(jax.eval_shape(tx.init, params), everywhere)
+    donated = (params, batch_stats, opt_state)
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1, 2))
+        .lower(*donated, images, labels)
+        .compile()
+    )
+    return Report.of(
+        compiled,
+        average=swa_jax.swa_state(opt_state).avg_params,
+        donated=donated,
+        outputs=(*donated, None),
+    )
+
+
+def _steps() -> dict[str, Callable[[Devices], Report]]:
+    cases: dict[str, Callable[[Devices], Report]] = {}
+    for layout in LAYOUTS:
+        step = functools.partial(compile_step, layout=layout)
+        auto, explicit = AxisType.Auto, AxisType.Explicit
+        cases |= {
+            f"sgd/{layout}/auto": functools.partial(step, tx=SGD, axes=auto),
+            f"swa/{layout}/auto": functools.partial(step, tx=SWA, axes=auto),
+            f"swa/{layout}/explicit": functools.partial(step, tx=SWA, axes=explicit),
+            f"swa bfloat16/{layout}/auto": functools.partial(
+                step, tx=SWA, dtype=jnp.bfloat16
+            ),
+            f"update_average/{layout}/auto": functools.partial(
+                compile_update, layout=layout
+            ),
+        }
+    return cases
+
+
+def _defects() -> dict[str, Callable[[Devices], Report]]:
+    def chained(defect: Any, layout: str = "replicated", **kwargs: Any) -> Any:
+        tx = optax.chain(SGD, defect)
+        return functools.partial(compile_step, tx=tx, layout=layout, **kwargs)
+
+    return {
+        "branching/replicated/auto": chained(defects.branching),
+        "lagging/replicated/auto": chained(defects.lagging),
+        "concatenated/replicated/auto": chained(defects.concatenated, shapes=TAIL),
+        "concatenated/fsdp/auto": chained(defects.concatenated, "fsdp", shapes=TAIL),
+        "not donated/replicated/auto": functools.partial(
+            compile_step, tx=SWA, layout="replicated", shapes=TAIL, donate=False
+        ),
+    }
+
+
+#: What must keep every promise.
+STEPS = _steps()
+#: Averages placed elsewhere than the parameters.
+SPREAD = {
+    f"spread/replicated/{axes.name.lower()}": functools.partial(
+        compile_spread, axes=axes
+    )
+    for axes in (AxisType.Explicit, AxisType.Auto)
+}
+#: What must break one.
+DEFECTS = _defects()
+#: Minutes to compile, and for four chips.
+TRAINING = {"training/replicated/auto": compile_training}

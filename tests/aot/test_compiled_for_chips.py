@@ -1,0 +1,145 @@
+"""The averaging step as XLA compiles it for CPUs, eight TPU v5e chips and eight H100s.
+
+No chip is needed: compilers take a description of one. They come with the extra
+``aot``; where they are missing, only the CPU's cases run. All cases of a target are
+compiled in one process, with a time limit, since the TPU's compiler may abort it.
+"""
+
+import math
+import os
+from collections.abc import Callable
+
+import pytest
+
+from ..compiled import Report
+from . import cases, results
+from .worker import CPU, H100, TARGETS, TPU_2X2, TPU_2X4
+
+#: Seconds for all cases of a target: several times what two busy cores take.
+TIME_LIMIT = 1800
+#: Bytes of memory on a v5e chip: 16 GB, counted in the smaller way.
+V5E_MEMORY = 16e9
+
+#: What each defect must break, by target. Not all do everywhere: XLA for TPU and GPU
+#: fuses the reading of the old weights with the writing of the new, so that averaging
+#: the old ones costs memory on a CPU only.
+CAUGHT = {
+    "branching/replicated/auto": {
+        CPU: {"temporaries", "copies"},
+        TPU_2X4: {"temporaries", "copies"},
+        H100: {"temporaries", "copies"},
+    },
+    "lagging/replicated/auto": {CPU: {"temporaries", "copies"}},
+    "concatenated/replicated/auto": {
+        CPU: {"temporaries"},
+        TPU_2X4: {"copies"},  # of a tree so small that the chip's own memory holds it
+        H100: {"temporaries", "copies"},
+    },
+    "concatenated/fsdp/auto": {
+        CPU: {"collectives", "shardings"},
+        TPU_2X4: {"collectives", "shardings"},
+        H100: {"collectives", "shardings"},
+    },
+    "not donated/replicated/auto": {
+        CPU: {"aliasing"},
+        TPU_2X4: {"aliasing"},
+        H100: {"aliasing"},
+    },
+}
+
+ReportOf = Callable[[str, str], Report]
+
+
+@pytest.fixture(scope="session")
+def report_of(tmp_path_factory) -> ReportOf:
+    """From target and case to what the executable does."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared, so that no target is compiled twice
+
+    def report_of(target: str, case: str) -> Report:
+        missing = results.missing_compilers(target)
+        if missing:
+            pytest.skip(f"{target} needs the extra `aot`: no {', '.join(missing)}")
+        return results.report(folder, target, case, TIME_LIMIT)
+
+    return report_of
+
+
+def on(target: str, *values: str):
+    """A parameter set on a target, marked where it takes a compiler from outside."""
+    marks = [] if target == CPU else [pytest.mark.aot]
+    return pytest.param(target, *values, marks=marks)
+
+
+# The TPU's first and the GPU's last: two pytest workers begin at both ends.
+ORDER = (TPU_2X4, CPU, H100)
+
+
+def base_of(case: str) -> str:
+    """The same step without averaging."""
+    return f"sgd/{case.split('/')[1]}/auto"
+
+
+def test_tree_is_resnet50s():
+    assert len(cases.RESNET50) == 161
+    assert sum(map(math.prod, cases.RESNET50)) == 25_557_032
+    # So that a layout that splits every leaf leaves an eighth on each device.
+    assert all(any(d % 8 == 0 for d in shape) for shape in cases.RESNET50)
+
+
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [
+        on(target, case)
+        for target in ORDER
+        for case in cases.STEPS
+        if not case.startswith("sgd/") and case in TARGETS[target].cases
+    ],
+)
+def test_step_is_in_place_and_silent(report_of, target, case):
+    report, base = report_of(target, case), report_of(target, base_of(case))
+    assert report.violations(base) == set(), report
+    # The scale of what was compiled: a mean in float32, whole or an eighth of it.
+    devices = 8 if "/fsdp/" in case else 1
+    assert report.average == 25_557_032 * 4 / devices
+
+
+@pytest.mark.parametrize(
+    ("target", "defect", "promises"),
+    [
+        on(target, defect, promises[target])
+        for target in ORDER
+        for defect, promises in CAUGHT.items()
+        if target in promises
+    ],
+)
+def test_defect_is_caught(report_of, target, defect, promises):
+    report, base = report_of(target, defect), report_of(target, base_of(defect))
+    assert promises <= report.violations(base), report
+
+
+@pytest.mark.parametrize("target", ORDER)
+def test_every_promise_is_broken_by_some_defect(target):
+    broken = set().union(*(promises.get(target, ()) for promises in CAUGHT.values()))
+    assert broken == {"temporaries", "aliasing", "copies", "collectives", "shardings"}
+
+
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [on(target, case) for target in (TPU_2X4, H100) for case in cases.SPREAD],
+)
+def test_spread_average_is_in_place_and_silent(report_of, target, case):
+    report, base = report_of(target, case), report_of(target, base_of(case))
+    assert report.violations(base) == set(), report
+    assert report.average * 8 == base.average
+
+
+@pytest.mark.aot
+def test_resnet50_training_fits_four_chips(report_of):
+    report = report_of(TPU_2X2, "training/replicated/auto")
+    assert report.total < V5E_MEMORY
+    assert report.violations(report) <= {"temporaries", "copies"}  # activations
+    # It is the data-parallel step: activations of 64 images, and gradients summed.
+    assert report.temporary > 1e9
+    assert report.collectives.get("all-reduce", 0) > 0

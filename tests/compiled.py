@@ -1,0 +1,188 @@
+"""What a compiled step does with memory and devices, read from the executable.
+
+The checks hold on every backend: CPU, and TPU or GPU compiled ahead of time. All
+numbers are bytes per device. A "step" is anything that takes an average and returns
+its successor.
+"""
+
+import collections
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+#: An HLO instruction that copies: ``%name = f32[8,4]{1,0} copy(``. An asynchronous one
+#: has a tuple type, of which the first array is the copy.
+_COPY = re.compile(r" = \(?(\w+)\[([\d,]*)\]\S* copy(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute"
+    r"|ragged-all-to-all|reduce-scatter)(?:-start)?\("
+)
+#: An entry of the module's ``input_output_alias``, ``{4}: (4, {}, may-alias)``.
+_ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{\}, (?:may|must)-alias\)")
+_BITS = {"pred": 8, "c64": 64, "c128": 128}
+
+#: Of the average: counters, scalars and layout scraps stay below it in any model worth
+#: measuring, a single misplaced temporary of the average is at 100 %.
+NEGLIGIBLE = 0.05
+
+
+class Memory(NamedTuple):
+    """Bytes per device that one call of an executable moves or allocates."""
+
+    temporary: int  # buffers that live only during the call
+    aliased: int  # outputs that take the place of a donated input
+    copied: int  # results of all copy instructions, loop bodies counted once
+
+
+def memory(compiled: Any) -> Memory:
+    """Reads a ``jax.stages.Compiled``."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        temporary=stats.temp_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        copied=sum(_copied(match) for match in _COPY.finditer(compiled.as_text())),
+    )
+
+
+def _copied(match: re.Match[str]) -> int:
+    dtype, dims = match.groups()
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS.get(dtype) or (int(digits.group()) if digits else 8)
+    return int(np.prod([int(d) for d in dims.split(",") if d], dtype=int)) * bits // 8
+
+
+def collectives(compiled: Any) -> collections.Counter[str]:
+    """How often each kind of communication stands in a ``jax.stages.Compiled``."""
+    return collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
+
+
+def moved(compiled: Any, outputs: Any) -> list[str]:
+    """The outputs that an executable leaves elsewhere than they should be.
+
+    Args:
+      compiled: a ``jax.stages.Compiled``.
+      outputs: ``ShapeDtypeStruct``s, or arrays, with the shardings that are wanted;
+        ``None`` for an array that may be anywhere.
+
+    Returns:
+      Their paths.
+    """
+
+    def differs(wanted: Any, sharding: Any) -> bool:
+        if wanted is None:
+            return False
+        return not wanted.sharding.is_equivalent_to(sharding, len(wanted.shape))
+
+    wrong = jax.tree.map(
+        differs, outputs, compiled.output_shardings, is_leaf=lambda x: x is None
+    )
+    flat, _ = jax.tree_util.tree_flatten_with_path(wrong)
+    return [jax.tree_util.keystr(path) for path, differ in flat if differ]
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Size of a tree of arrays or ``ShapeDtypeStruct``s on one device."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+        return int(np.prod(shape, dtype=int)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def assert_in_place(compiled: Any, *, donated: Any, average: Any) -> None:
+    """Asserts that a step keeps no second average, and writes none but in place.
+
+    Args:
+      compiled: the step, a ``jax.stages.Compiled``.
+      donated: everything that it was given to reuse; all of it must be reused.
+      average: the mean, the measure of what counts as large.
+    """
+    found, allowed = memory(compiled), NEGLIGIBLE * bytes_per_device(average)
+    assert found.aliased >= bytes_per_device(donated), f"not all in place: {found}"
+    assert found.temporary <= allowed, f"large temporaries: {found}"
+    assert found.copied <= allowed, f"large copies: {found}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """An executable in numbers, which travel between processes as JSON.
+
+    Attributes:
+      average: bytes of the mean, the measure of what counts as large.
+      donated: bytes of everything that the step was given to reuse.
+      donated_leaves: the same, as a number of arrays.
+      temporary: bytes of buffers that live only during the call.
+      aliased: bytes of outputs that take the place of a donated input. At least the
+        array's own: a TPU pads to its tiles.
+      aliased_leaves: the same, as a number of arrays.
+      fresh: bytes of outputs that take no input's place.
+      copied: bytes of the results of all copy instructions.
+      collectives: how often each kind of communication occurs.
+      moved: paths of the outputs that are placed otherwise than their inputs.
+      total: bytes that the call needs: arguments, outputs, temporaries, code.
+    """
+
+    average: int
+    donated: int
+    donated_leaves: int
+    temporary: int
+    aliased: int
+    aliased_leaves: int
+    fresh: int
+    copied: int
+    collectives: dict[str, int]
+    moved: list[str]
+    total: int
+
+    @classmethod
+    def of(cls, compiled: Any, *, average: Any, donated: Any, outputs: Any) -> "Report":
+        """Reads a ``jax.stages.Compiled``; the trees are ``ShapeDtypeStruct``s.
+
+        Args:
+          compiled: the executable.
+          average: the mean, the measure of what counts as large.
+          donated: everything that it may reuse.
+          outputs: where its outputs should be, see ``moved``.
+        """
+        stats = compiled.memory_analysis()
+        fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return cls(
+            average=bytes_per_device(average),
+            donated=bytes_per_device(donated),
+            donated_leaves=len(jax.tree.leaves(donated)),
+            temporary=stats.temp_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            aliased_leaves=len(_ALIAS.findall(compiled.as_text())),
+            fresh=fresh,
+            copied=memory(compiled).copied,
+            collectives=dict(collectives(compiled)),
+            moved=moved(compiled, outputs),
+            total=stats.argument_size_in_bytes
+            + fresh
+            + stats.temp_size_in_bytes
+            + stats.generated_code_size_in_bytes,
+        )
+
+    def violations(self, base: "Report") -> set[str]:
+        """Which of the promises on an averaging step the executable breaks.
+
+        Args:
+          base: the same step without averaging.
+        """
+        allowed = NEGLIGIBLE * self.average
+        beyond = collections.Counter(self.collectives)
+        beyond.subtract(base.collectives)
+        kept = {
+            "temporaries": self.temporary <= allowed,
+            "aliasing": self.aliased >= self.donated
+            and self.aliased_leaves >= self.donated_leaves,
+            "copies": self.copied <= allowed,
+            "collectives": all(count <= 0 for count in beyond.values()),
+            "shardings": not self.moved,
+        }
+        return {promise for promise, holds in kept.items() if not holds}
