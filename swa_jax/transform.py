@@ -16,12 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax.averaging import (
-    SWAState,
-    accumulate,
+from swa_jax.averaging import SWAState, accumulate, init_average
+from swa_jax.checks import (
     check_accumulator_dtype,
     check_params,
-    init_average,
     leaf_dtype,
     mean_dtype,
 )

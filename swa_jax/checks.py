@@ -1,0 +1,128 @@
+"""What may enter an average: dtypes, and weights that fit the mean."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from swa_jax.placement import PyTree
+
+
+def check_accumulator_dtype(dtype: Any) -> np.dtype | None:
+    """Returns ``dtype`` as a NumPy dtype, or raises; ``None`` passes."""
+    if dtype is None:
+        return None
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        checked = None
+    if checked is None or not jnp.issubdtype(checked, jnp.floating):
+        raise TypeError(
+            "accumulator_dtype must be a floating dtype such as jnp.float32, "
+            f"got {dtype!r}"
+        )
+    if jax.dtypes.canonicalize_dtype(checked) != checked:
+        raise ValueError(
+            f"accumulator_dtype={checked.name} needs JAX's 64-bit types, which are "
+            "off: call jax.config.update('jax_enable_x64', True) at start-up, or use "
+            "float32"
+        )
+    return checked
+
+
+def leaf_dtype(leaf: Any) -> Any:
+    """The dtype that ``leaf`` has, or gets, as a JAX array."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf.dtype
+    return jnp.asarray(leaf).dtype
+
+
+def mean_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
+    """The dtype in which a leaf of ``dtype`` is averaged."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(dtype, accumulator_dtype or dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        narrow = jnp.finfo(dtype).bits < 32
+        return accumulator_dtype or (jnp.dtype(jnp.float32) if narrow else dtype)
+    return dtype
+
+
+def check_params(
+    params: PyTree,
+    avg_params: PyTree,
+    *,
+    caller: str,
+    averaged_as: Callable[[Any], Any] | None = None,
+) -> None:
+    """Raises unless ``params`` fits the mean.
+
+    Args:
+      params: the weights that are to enter the mean.
+      avg_params: the mean.
+      caller: the public function to name in the message.
+      averaged_as: the mean's dtype for a leaf's dtype, where it is known. Without it
+        a floating leaf may enter a mean of any floating dtype, since the state does
+        not tell which accumulator was asked for.
+
+    Raises:
+      ValueError: the structure, a shape or a dtype differs.
+    """
+    fix = (
+        "pass the parameters that the state was created from, or create a new state "
+        "from these"
+    )
+    structures: list[Any] = [jax.tree.structure(t) for t in (params, avg_params)]
+    if structures[0] != structures[1]:
+        got, expected = (
+            {jax.tree_util.keystr(path) for path, _ in _flatten_with_path(tree)}
+            for tree in (params, avg_params)
+        )
+        differ = (
+            f"only in params: {_some(got - expected)}; only in the state: "
+            f"{_some(expected - got)}"
+            if got != expected
+            else f"got the containers {structures[0]}, the state has {structures[1]}"
+        )
+        raise ValueError(
+            f"{caller}: params must have the structure of the state's avg_params; "
+            f"{differ}. Fix: {fix}"
+        )
+    pairs = zip(_flatten_with_path(params), jax.tree.leaves(avg_params), strict=True)
+    for (path, leaf), mean in pairs:
+        name = f"params{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) != np.shape(mean):
+            raise ValueError(
+                f"{caller}: {name} has shape {np.shape(leaf)}, the state's average "
+                f"has {np.shape(mean)}; both must be the same. Fix: {fix}"
+            )
+        dtype = leaf_dtype(leaf)
+        if averaged_as is None:
+            fits = _kind(dtype) == _kind(mean.dtype)
+            rule = "a floating leaf needs a floating average, others their own dtype"
+        else:
+            fits = averaged_as(dtype) == mean.dtype
+            rule = f"a {dtype} leaf is averaged in {averaged_as(dtype)}"
+        if not fits:
+            raise ValueError(
+                f"{caller}: {name} has dtype {dtype}, but the state's average has "
+                f"{mean.dtype}; {rule}. Fix: {fix}"
+            )
+
+
+def _kind(dtype: Any) -> Any:
+    """What dtypes must have in common for one to enter a mean kept in the other."""
+    for kind in (jnp.floating, jnp.complexfloating):
+        if jnp.issubdtype(dtype, kind):
+            return kind
+    return dtype
+
+
+def _flatten_with_path(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3]) or "nothing"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
