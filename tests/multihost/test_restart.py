@@ -10,138 +10,30 @@ Starting processes is what takes the time, so all of this happens once, in the f
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
-import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-import swa_jax
-
 from . import worker
+from .hosts import Hosts
 from .worker import GRADIENTS, SAMPLED, STEPS, Crash
 
 #: Seconds for all runs together; on two idle cores they take about 30.
 TIMEOUT = 240
 CRASHES: tuple[Crash, ...] = ("between saves", "during a save", "after a save")
 
-#: Weights, momenta, gradients and inputs of a layer are of size 1 at most. A step
-#: rounds each a handful of times, say 8, by at most half of float32's spacing there.
-#: Of a change of the gradient, momentum passes on lr / (1 - momentum) = 1 times as much
-#: to the weights. Measured: 1.2e-7, two roundings.
+#: Weights, momenta and gradients are below 1 in size. A step rounds each a handful of
+#: times, say 8, by at most half of float32's spacing below 1. Of a change of the
+#: gradient, momentum passes on lr / (1 - momentum) = 1 times as much to the weights.
+#: Measured: 1.2e-7, four such roundings.
 ROUNDING = 8 * STEPS * 2.0**-25
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """One process and what it prints."""
-
-    process: subprocess.Popen[bytes]
-    log: pathlib.Path
-
-    def printed(self) -> str:
-        return self.log.read_text(errors="replace")
-
-
-class Hosts:
-    """All processes of one run."""
-
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        *,
-        checkpoints: pathlib.Path,
-        processes: int = 2,
-        devices: int = 2,  # of each process
-        crash: Crash | None = None,
-    ):
-        directory.mkdir()
-        self.directory = directory
-        self.checkpoints = checkpoints
-        self.hosts: list[Host] = []
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUMPY_RANK_PROMOTION": "raise",
-            # Most of the time is compilation, and no speed is measured here.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
-            "PYTHONPATH": os.pathsep.join(
-                [str(pathlib.Path(swa_jax.__file__).parents[1]), *sys.path]
-            ),
-        }
-        port = free_port()
-        for index in range(processes):
-            run = worker.Run(
-                checkpoints=str(checkpoints),
-                result=str(directory / f"{index}"),
-                processes=processes,
-                index=index,
-                port=port,
-                crash=crash,
-            )
-            log = directory / f"{index}.log"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    [sys.executable, worker.__file__, json.dumps(vars(run))],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                )
-            self.hosts.append(Host(process, log))
-
-    def kill(self) -> list[int]:
-        """Ends all at once; returns how they ended."""
-        for host in self.hosts:
-            host.process.kill()
-        return [host.process.wait() for host in self.hosts]
-
-    def kill_where_they_wait(self, deadline: float) -> None:
-        """Waits until all have come to where they shall die."""
-        while not all(worker.WAITING in host.printed() for host in self.hosts):
-            self._pause(deadline, expected={None})
-        ends = self.kill()
-        on_disk = [
-            path.relative_to(self.checkpoints).parts
-            for path in self.checkpoints.rglob("*")
-            if path.is_file()
-        ]
-        crash = {"ends": ends, "on_disk": on_disk}
-        (self.directory / "crash.json").write_text(json.dumps(crash))
-
-    def finish(self, deadline: float) -> None:
-        """Waits until all have ended well."""
-        while any(host.process.poll() != 0 for host in self.hosts):
-            self._pause(deadline, expected={None, 0})
-
-    def _pause(self, deadline: float, *, expected: set[int | None]) -> None:
-        """Waits a moment, unless all waiting is in vain."""
-        ends = [host.process.poll() for host in self.hosts]
-        if expected.issuperset(ends) and time.monotonic() < deadline:
-            time.sleep(0.02)
-            return
-        logs = (f"--- {h.log}\n{h.printed()[-4000:]}" for h in self.hosts)
-        pytest.fail(
-            f"{self.directory}: processes ended with {ends} (None: still running after "
-            f"{TIMEOUT} s)\n" + "\n".join(logs)
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_everything(root: pathlib.Path) -> None:
@@ -149,10 +41,11 @@ def run_everything(root: pathlib.Path) -> None:
     deadline = time.monotonic() + TIMEOUT
     with contextlib.ExitStack() as stack:
 
-        def start(name: str, checkpoints: str, **how) -> Hosts:
+        def start(name: str, checkpoints: str, **how: Any) -> Hosts:
             (root / checkpoints).mkdir(exist_ok=True)
             hosts = Hosts(root / name, checkpoints=root / checkpoints, **how)
-            stack.callback(hosts.kill)
+            stack.callback(hosts.kill)  # before there is anything to leave behind
+            hosts.start()
             return hosts
 
         running = [start("straight", "straight_saves")]
@@ -200,12 +93,12 @@ class Runs:
 
     def resumed_from(self, name: str) -> int:
         """Of a process that did not live to tell a result."""
-        first_line = (self.root / name / "0.log").read_text().partition("resumed from ")
-        return int(first_line[2].split()[0])
+        _, _, rest = (self.root / name / "0.log").read_text().partition("resumed from ")
+        return int(rest.split()[0])
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Runs:
     root = tmp_path_factory.getbasetemp()
     if worker_id != "master":  # pytest-xdist's workers share one set of runs
         root = root.parent
@@ -221,7 +114,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[R
     return Runs(root)
 
 
-def assert_same_bits(result: dict[str, np.ndarray], straight: dict[str, np.ndarray]):
+def assert_same_bits(
+    result: dict[str, np.ndarray], straight: dict[str, np.ndarray]
+) -> None:
     assert result.keys() == straight.keys() != set()
     differ = [k for k in straight if result[k].tobytes() != straight[k].tobytes()]
     assert differ == []
@@ -229,7 +124,7 @@ def assert_same_bits(result: dict[str, np.ndarray], straight: dict[str, np.ndarr
 
 def assert_same_to_rounding(
     result: dict[str, np.ndarray], straight: dict[str, np.ndarray]
-):
+) -> None:
     assert result.keys() == straight.keys() != set()
     for path, x in straight.items():
         np.testing.assert_allclose(
