@@ -15,10 +15,12 @@ import dataclasses
 import faulthandler
 import functools
 import json
+import os
 import pathlib
 import sys
 import threading
 import time
+import traceback
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -277,4 +279,10 @@ def shard_shapes(tree: PyTree) -> dict[str, list[list[int]]]:
 
 
 if __name__ == "__main__":
-    main(Run(**json.loads(sys.argv[1])))
+    try:
+        main(Run(**json.loads(sys.argv[1])))
+    except BaseException:
+        # An ordinary end would first wait for the other process, which waits for this.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
