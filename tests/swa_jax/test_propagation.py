@@ -4,8 +4,7 @@ Under Auto mesh axes, where XLA infers shardings, on eight CPU devices. The trai
 step with ``swa(sharding=...)`` is compiled beside the same step without it.
 """
 
-import collections
-import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import chex
@@ -21,12 +20,10 @@ import swa_jax
 from swa_jax import placement
 from swa_jax.propagation import stop_propagation
 
+from ..compiled import collectives
+
 P = PartitionSpec
 WEIGHTS, ROWS, COLUMNS, BATCH = 3, 64, 16, 32
-_COLLECTIVE = re.compile(
-    r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
-)
 
 
 class Layout(NamedTuple):
@@ -64,7 +61,7 @@ ALIKE = {
 class Compiled(NamedTuple):
     """What matters of a compiled step, and of what it returned."""
 
-    collectives: collections.Counter[str]
+    collectives: Counter[str]
     params: dict[str, jax.Array]
     opt_state: Any
 
@@ -107,8 +104,7 @@ def compile_and_run(layout: Layout, average: Any = None, *, pinned: bool) -> Com
         )
     jitted = jax.jit(step, donate_argnums=(0, 1), **how)
     compiled = jitted.lower(params, opt_state, batch).compile()
-    collectives = collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
-    return Compiled(collectives, *jitted(params, opt_state, batch))
+    return Compiled(collectives(compiled), *jitted(params, opt_state, batch))
 
 
 def assert_untouched(layout: Layout, *, pinned: bool) -> None:
