@@ -1,0 +1,491 @@
+"""What averaging costs: `python -m experiments.benchmark`.
+
+Everything is a ratio of two measurements taken in turns in this one run, so that what
+else the machine does hits both alike. Each line gives the median over rounds and, as
+spread, the first and third quartile. Nothing here is asserted: see tests for that.
+
+PyTorch and optax-swag are compared where they are installed (extra `benchmark`).
+"""
+
+import ctypes
+import dataclasses
+import functools
+import json
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.table
+import tyro
+
+import swa_jax
+from experiments.report import write_json
+from experiments.resnet import STAGES, ResNet
+
+PyTree = Any
+Action = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How long to measure, and what."""
+
+    rounds: int = 15
+    """Times that each pair is measured."""
+
+    batch_size: int = 32
+    """Images in a step of ResNet-50."""
+
+    image_size: int = 64
+    """Their height and width."""
+
+    only: tuple[str, ...] = ()
+    """Sections to run, by letter. Empty: all."""
+
+    output: pathlib.Path | None = None
+    """JSON file for the results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One measured ratio."""
+
+    section: str
+    what: str
+    ratio: float
+    low: float  # first quartile
+    high: float  # third quartile
+    target: str
+    note: str = ""
+
+
+def take_turns(actions: dict[str, Action], rounds: int) -> dict[str, list[float]]:
+    """Time every action once a round, in an order that changes; seconds by name."""
+    for action in actions.values():  # compile, warm the caches
+        action()
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    names = list(actions)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            actions[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    section: str,
+    what: str,
+    pair: tuple[Sequence[float], Sequence[float]],
+    target: str,
+    note: str = "",
+) -> Line:
+    """The ratio of two lists of seconds, round by round."""
+    ratios = [a / b for a, b in zip(*pair, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Line(section, what, middle, low, high, target, note)
+
+
+# (a) and (e): a training step with and without averaging.
+
+
+@dataclasses.dataclass
+class Training:
+    """A donated training step of ResNet-50 and the state that it goes round with."""
+
+    options: Options
+    optimizer: optax.GradientTransformationExtraArgs
+
+    def __post_init__(self) -> None:
+        """Create parameters and data; compile nothing yet."""
+        side = self.options.image_size
+        rng = np.random.default_rng(0)
+        self.model = ResNet(STAGES["resnet50"])
+        self.images = jnp.asarray(
+            rng.normal(size=(self.options.batch_size, side, side, 3)), jnp.float32
+        )
+        self.labels = jnp.asarray(rng.integers(0, 1000, self.options.batch_size))
+        variables = jax.jit(functools.partial(self.model.init, train=False))(
+            jax.random.key(0), self.images[:1]
+        )
+        params = variables["params"]
+        self.state = params, variables["batch_stats"], self.optimizer.init(params)
+        self.jitted = jax.jit(self.step, donate_argnums=0)
+
+    def step(self, state: PyTree, images: jax.Array, labels: jax.Array) -> PyTree:
+        """One update."""
+        params, batch_stats, opt_state = state
+
+        def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
+            logits, updated = self.model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updated["batch_stats"]
+
+        grads, batch_stats = jax.grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), batch_stats, opt_state
+
+    def run(self) -> None:
+        """One update, waited for."""
+        self.state = self.jitted(self.state, self.images, self.labels)
+        jax.block_until_ready(self.state)
+
+    def compile_seconds(self) -> float:
+        """Compile the step from nothing."""
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(self.step, donate_argnums=0).lower(
+            self.state, self.images, self.labels
+        ).compile()
+        return time.perf_counter() - start
+
+
+def _sgd(*links: Any) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(optax.sgd(1e-4, momentum=0.9), *links)
+
+
+def training_steps(options: Options) -> Iterator[Line]:
+    """(a) Steps that average, and steps that do not yet."""
+    arms = {
+        "plain": Training(options, _sgd()),
+        "sampled": Training(options, _sgd(swa_jax.swa())),
+        "skipped": Training(options, _sgd(swa_jax.swa(start_step=10**9))),
+    }
+    seconds = take_turns({k: arm.run for k, arm in arms.items()}, options.rounds)
+    milliseconds = 1e3 * statistics.median(seconds["plain"])
+    note = f"step without swa(): {milliseconds:.0f} ms"
+    for name, target in (("sampled", ""), ("skipped", "at most 1.02")):
+        pair = seconds[name], seconds["plain"]
+        yield compare("a", f"ResNet-50 step with swa(), {name}", pair, target, note)
+
+
+def compile_time(options: Options) -> Iterator[Line]:
+    """(e) Compiling the step with averaging in it."""
+    plain, averaging = Training(options, _sgd()), Training(options, _sgd(swa_jax.swa()))
+    rounds = max(3, options.rounds // 5)
+    seconds: list[tuple[float, float]] = [
+        (averaging.compile_seconds(), plain.compile_seconds()) for _ in range(rounds)
+    ]
+    what = "compiling the ResNet-50 step with swa()"
+    with_swa, without = map(list, zip(*seconds, strict=True))
+    note = f"without: {statistics.median(without):.1f} s"
+    yield compare("e", what, (with_swa, without), "at most 1.05", note)
+
+
+# (b) and (c): the averaging alone, on ResNet-50's parameters.
+
+
+@functools.cache
+def resnet50_params() -> PyTree:
+    """ResNet-50's parameters: 161 leaves, 25,557,032 float32 values."""
+    model = ResNet(STAGES["resnet50"])
+    init = jax.jit(functools.partial(model.init, train=False))
+    return init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+
+
+class Averaging:
+    """`update_average` on a tree, called again and again."""
+
+    def __init__(self, params: PyTree) -> None:
+        self.params = params
+        self.state = swa_jax.init_average(params)
+
+    def run(self) -> None:
+        """One average, waited for."""
+        self.state = swa_jax.update_average(self.state, self.params)
+        jax.block_until_ready(self.state)
+
+
+_TRIAD = r"""
+#include <stddef.h>
+void average(float *restrict mean, const float *restrict new, float weight, size_t n) {
+    #pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) mean[i] += (new[i] - mean[i]) * weight;
+}
+"""
+
+
+def c_average(size: int) -> Action | None:
+    """The same arithmetic over one array of `size` floats, in C; None without cc."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "average.c")
+        source.write_text(_TRIAD)
+        library = source.with_suffix(".so")
+        flags = ["-O3", "-march=native", "-fopenmp", "-ffast-math", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, "-o", library, source], check=True)
+        function = ctypes.CDLL(str(library)).average
+    floats = np.ctypeslib.ndpointer(np.float32, flags="C")
+    function.argtypes = [floats, floats, ctypes.c_float, ctypes.c_size_t]
+    function.restype = None
+    mean, new = np.zeros(size, np.float32), np.ones(size, np.float32)
+    return lambda: function(mean, new, 0.5, size)
+
+
+def bandwidth(options: Options) -> Iterator[Line]:
+    """(b) Bytes a second of `update_average` against a plain loop."""
+    params = resnet50_params()
+    size = sum(x.size for x in jax.tree.leaves(params))
+    reference, name = c_average(size), "C, OpenMP"
+    if reference is None:
+        mean, new = np.zeros(size, np.float32), np.ones(size, np.float32)
+        reference, name = (lambda: np.add(mean, new, out=mean)), "NumPy"
+    ours = Averaging(params)
+    seconds = take_turns({"ours": ours.run, "c": reference}, 3 * options.rounds)
+    # Both read the mean and the weights and write the mean: 12 bytes a value. A ratio
+    # of bandwidths is the inverse one of times.
+    speed = 12e-9 * size / statistics.median(seconds["ours"])
+    pair = seconds["c"], seconds["ours"]
+    what = f"bandwidth of update_average over {name}"
+    yield compare("b", what, pair, "at least 0.9", f"{speed:.1f} GB/s")
+
+
+def peers(options: Options) -> Iterator[Line]:
+    """(c) Time of the others for the same update, over ours: above 1 is ahead."""
+    params = resnet50_params()
+    actions: dict[str, Action] = {"ours": Averaging(params).run}
+    actions |= _torch_average(params) | _optax_swag_average(params)
+    seconds = take_turns(actions, 3 * options.rounds)
+    milliseconds = 1e3 * statistics.median(seconds["ours"])
+    note = f"update_average: {milliseconds:.1f} ms"
+    for name in actions:
+        if name not in ("ours", "ours in optax"):
+            base = "ours in optax" if name.startswith("optax") else "ours"
+            pair = seconds[name], seconds[base]
+            yield compare("c", f"time of {name} over ours", pair, "above 1", note)
+
+
+def _torch_average(params: PyTree) -> dict[str, Action]:
+    try:
+        import torch
+        from torch.optim.swa_utils import AveragedModel
+    except ImportError:
+        return {}
+    torch.set_num_threads(jax_threads())
+    model = torch.nn.Module()
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        weight = torch.nn.Parameter(torch.from_numpy(np.array(leaf)))
+        model.register_parameter(f"p{number}", weight)
+    average = AveragedModel(model)
+    return {
+        f"PyTorch {torch.__version__} AveragedModel.update_parameters": lambda: (
+            average.update_parameters(model)
+        )
+    }
+
+
+def _optax_swag_average(params: PyTree) -> dict[str, Action]:
+    try:
+        import optax_swag
+    except ImportError:
+        return {}
+    updates = jax.tree.map(jnp.zeros_like, params)
+
+    def make(tx: Any) -> Action:
+        # Its init returns the parameters themselves, which must not be donated.
+        held = [jax.tree.map(jnp.copy, tx.init(params))]
+        step = jax.jit(lambda s: tx.update(updates, s, params)[1], donate_argnums=0)
+
+        def run() -> None:
+            held[0] = step(held[0])
+            jax.block_until_ready(held)
+
+        return run
+
+    return {
+        "ours in optax": make(swa_jax.swa()),
+        "optax-swag, in optax": make(optax_swag.swa(freq=1)),
+    }
+
+
+def jax_threads() -> int:
+    """Threads that JAX computes with on a CPU: one a core."""
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+# (d): the BatchNorm pass.
+
+
+def batch_norm_pass(options: Options) -> Iterator[Line]:
+    """(d) The pass against forward passes over the same batches, an image each."""
+    model = ResNet(STAGES["resnet50"])
+    side, count = options.image_size, 4
+    rng = np.random.default_rng(0)
+    shape = (count, options.batch_size, side, side, 3)
+    batches = list(jnp.asarray(rng.normal(size=shape), jnp.float32))
+    variables = jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), batches[0][:1]
+    )
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    def batch_stats_fn(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> PyTree:
+        _, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return updated["batch_stats"]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(train: bool, batch: jax.Array) -> Any:
+        mutable = ["batch_stats"] if train else False
+        return model.apply(variables, batch, train=train, mutable=mutable)
+
+    def all_batches(train: bool) -> None:
+        for batch in batches:
+            output = forward(train, batch)
+        jax.block_until_ready(output)
+
+    actions: dict[str, Action] = {
+        "pass": lambda: jax.block_until_ready(
+            swa_jax.recompute_batch_stats(batch_stats_fn, params, batch_stats, batches)
+        ),
+        "training": lambda: all_batches(True),
+        "inference": lambda: all_batches(False),
+    }
+    seconds = take_turns(actions, max(3, options.rounds // 3))
+    images = count * options.batch_size
+    note = f"pass: {1e3 * statistics.median(seconds['pass']) / images:.2f} ms an image"
+    for other, target in (("training", "at most 1.1"), ("inference", "")):
+        pair = seconds["pass"], seconds[other]
+        what = f"BatchNorm pass over {other}-mode forward pass, ResNet-50"
+        yield compare("d", what, pair, target, note)
+    yield from _torch_update_bn(options, [np.asarray(b) for b in batches])
+
+
+def _torch_update_bn(options: Options, batches: list[np.ndarray]) -> Iterator[Line]:
+    """PyTorch's own ratio, on a convolutional network of its own."""
+    try:
+        import torch
+        from torch.optim.swa_utils import update_bn
+    except ImportError:
+        return
+    torch.set_num_threads(jax_threads())
+    layers: list[Any] = []
+    for before, after in ((3, 64), (64, 128), (128, 256)):
+        layers += [
+            torch.nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            torch.nn.BatchNorm2d(after),
+            torch.nn.ReLU(),
+        ]
+    model = torch.nn.Sequential(*layers)
+    data = [torch.from_numpy(b.transpose(0, 3, 1, 2).copy()) for b in batches]
+
+    def inference() -> None:
+        model.eval()
+        with torch.no_grad():
+            for batch in data:
+                model(batch)
+
+    actions: dict[str, Action] = {
+        "pass": lambda: update_bn(data, model),
+        "inference": inference,
+    }
+    seconds = take_turns(actions, options.rounds)
+    pair = seconds["pass"], seconds["inference"]
+    what = "for comparison: PyTorch's update_bn over inference, 3 convolutions"
+    yield compare("d", what, pair, "")
+
+
+# (f): import time.
+
+
+def import_time(options: Options) -> Iterator[Line]:
+    """(f) `import swa_jax` where jax and optax are imported anyway."""
+    code = "import time, jax, optax; t = time.perf_counter(); {}"
+    code += "; print(time.perf_counter() - t)"
+
+    def seconds(statement: str) -> float:
+        command = [sys.executable, "-c", code.format(statement)]
+        return float(subprocess.check_output(command))
+
+    extra = [seconds("import swa_jax") for _ in range(options.rounds)]
+    low, middle, high = (1e3 * q for q in statistics.quantiles(extra, n=4))
+    yield Line(
+        "f",
+        "import swa_jax after jax and optax, in ms",
+        middle,
+        low,
+        high,
+        "under 50 ms",
+    )
+
+
+SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
+    "a": training_steps,
+    "b": bandwidth,
+    "c": peers,
+    "d": batch_norm_pass,
+    "e": compile_time,
+    "f": import_time,
+}
+
+
+def machine() -> str:
+    """This machine in a line."""
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return (
+        f"{jax_threads()} cores of {model}, Python {platform.python_version()}, "
+        f"jax {jax.__version__}, backend {jax.default_backend()}"
+    )
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The results as a table for the documentation."""
+    rows = ["| | Ratio | Median | Quartiles | Target | |", "|---|---|---:|---|---|---|"]
+    rows += [
+        f"| {x.section} | {x.what} | {x.ratio:.3f} | {x.low:.3f} to {x.high:.3f} "
+        f"| {x.target} | {x.note} |"
+        for x in lines
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def main(options: Options) -> None:
+    """Measure, print, and write what was asked for."""
+    console = rich.console.Console()
+    console.print(machine())
+    lines = []
+    for letter in options.only or SECTIONS:
+        for line in SECTIONS[letter](options):
+            console.print(f"({letter}) {line.what}: {line.ratio:.3f}")
+            lines.append(line)
+    print(markdown(lines))
+    if options.output is not None:
+        content = {
+            "machine": machine(),
+            "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+            "lines": [dataclasses.asdict(line) for line in lines],
+        }
+        write_json(options.output, content)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m experiments.benchmark"))
