@@ -20,18 +20,19 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args,
     )
     try:
-        processes.join(config.cluster)
-        console = rich.console.Console(quiet=not processes.is_main())
-        if config.tune:
-            tune(config, console)
-        else:
-            train_and_evaluate(config, console)
+        with processes.job(config.cluster):
+            console = rich.console.Console(quiet=not processes.is_main())
+            if config.tune:
+                tune(config, console)
+            else:
+                train_and_evaluate(config, console)
     except (
         data.DataUnavailableError,
         parallel.DevicesError,
         FloatingPointError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.is_main():
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

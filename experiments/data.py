@@ -64,8 +64,7 @@ class DataUnavailableError(RuntimeError):
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     tfds.disable_progress_bar()
-    # tfds announces downloads
-    with processes.main_first(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds announces downloads
         builder.download_and_prepare()
     return builder
 
@@ -132,7 +131,8 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Examples]:
         ValueError: A file is damaged, or `train_examples` exceeds the split.
         DataUnavailableError: The data set is not on this machine.
     """
-    builder, splits = _make_builder(config)
+    with processes.main_first():  # a builder looks only once for prepared data
+        builder, splits = _make_builder(config)
     loaded = {}
     for name in names:
         source = builder.as_data_source(splits[name])
