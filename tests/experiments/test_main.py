@@ -127,6 +127,8 @@ def test_tune_flag_tunes(monkeypatch, tmp_path):
         (["digitz"], "digitz"),
         (["digits", "--epochs", "many"], "many"),
         (["digits", "--epochs", "7"], "swa_epochs contains 10 with epochs=7"),
+        (["digits", "--parallel", "vmap"], "vmap"),
+        (["digits", "--num-processes", "2"], "give all three, or none of them"),
         ([], "Expected one of {digits, fashion_mnist}"),
     ],
 )
@@ -145,6 +147,15 @@ def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
     monkeypatch.setattr(__main__, "train_and_evaluate", fail)
     assert __main__.main(["fashion_mnist"]) == 1
     assert capsys.readouterr().err == "error: what to do\n"
+
+
+def test_distributed_without_a_cluster_is_an_error(capsys):
+    assert __main__.main(["digits", "--distributed"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: distributed is set, but JAX recognises no cluster"
+    )
+    assert "Give --coordinator-address" in message
 
 
 def test_help_lists_the_experiments():
