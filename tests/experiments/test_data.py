@@ -90,7 +90,7 @@ def test_augmented_batches_repeat_and_differ(tiny, examples):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("augmented", [False, True])
 def test_processes_share_every_batch(tiny, examples, processes, augmented):
-    """Side by side, the shares are the batches of one process: nothing lost or twice."""
+    """Side by side, the shares are one process's batches: no row lost or twice."""
     config = dataclasses.replace(tiny, max_shift=int(augmented), flip=augmented)
     shares = [
         list(data.train_batches(examples, config, 3, data.Share(process, processes)))
