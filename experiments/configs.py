@@ -23,27 +23,6 @@ class Cluster:
     process_id: int | None
     """Number of this process, from 0, with --coordinator-address."""
 
-    def __post_init__(self) -> None:
-        """Reject half an address, and two ways at once."""
-        given = [self.coordinator_address, self.num_processes, self.process_id]
-        if self.num_processes is None or self.process_id is None or None in given:
-            _check(
-                given == [None] * 3,
-                "coordinator_address, num_processes and process_id are"
-                f" {', '.join(map(str, given))}; give all three, or none of them.",
-            )
-            return
-        _check(
-            0 <= self.process_id < self.num_processes,
-            f"process_id is {self.process_id} with num_processes={self.num_processes};"
-            " processes are numbered from 0 to one less than their number.",
-        )
-        _check(
-            not self.distributed,
-            "distributed is set along with coordinator_address; give only one of the"
-            " two.",
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -146,6 +125,7 @@ class Config:
             " for every convolution, and at least one.",
         )
         self._check_windows()
+        self._check_cluster()
 
     def _check_windows(self) -> None:
         _check(
@@ -163,6 +143,28 @@ class Config:
         _check(
             len(set(self.swa_epochs)) == len(self.swa_epochs),
             f"swa_epochs is {self.swa_epochs}; each window must appear once.",
+        )
+
+    def _check_cluster(self) -> None:
+        cluster = self.cluster
+        address, number = cluster.coordinator_address, cluster.process_id
+        if address is None or cluster.num_processes is None or number is None:
+            given = address, cluster.num_processes, number
+            _check(
+                given == (None, None, None),
+                "coordinator_address, num_processes and process_id are"
+                f" {', '.join(map(str, given))}; give all three, or none of them.",
+            )
+            return
+        _check(
+            0 <= number < cluster.num_processes,
+            f"process_id is {number} with num_processes={cluster.num_processes};"
+            " processes are numbered from 0 to one less than that.",
+        )
+        _check(
+            not cluster.distributed,
+            "distributed is set along with coordinator_address; give only one of the"
+            " two.",
         )
 
 

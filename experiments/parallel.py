@@ -125,7 +125,10 @@ def _pmap() -> Strategy:
 
     return Strategy(
         axis_name=AXIS_NAME,
-        place_state=lambda state: replicate(np.arange(local_devices), state),
+        # By way of the host: pmap rejects arrays that are committed to one device.
+        place_state=lambda state: replicate(
+            np.arange(local_devices), jax.device_get(state)
+        ),
         place_batch=lambda batch: jax.tree.map(split, batch),
         compile=lambda step: jax.pmap(
             step,

@@ -54,4 +54,4 @@ def test_settings_that_cannot_run_are_errors(overrides, message):
 )
 def test_clusters_that_cannot_be_joined_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
-        configs.Cluster(*settings)
+        dataclasses.replace(configs.DIGITS, cluster=configs.Cluster(*settings))

@@ -149,15 +149,6 @@ def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: what to do\n"
 
 
-def test_distributed_without_a_cluster_is_an_error(capsys):
-    assert __main__.main(["digits", "--distributed"]) == 1
-    message = capsys.readouterr().err
-    assert message.startswith(
-        "error: distributed is set, but JAX recognises no cluster"
-    )
-    assert "Give --coordinator-address" in message
-
-
 def test_help_lists_the_experiments():
     shown = subprocess.run(
         [sys.executable, "-m", "experiments", "--help"],

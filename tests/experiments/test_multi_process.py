@@ -166,3 +166,11 @@ def test_one_failing_process_ends_the_job(job):
     assert statuses[1] == 1
     assert statuses[0] != 0
     assert "OSError: the disk is gone" in outputs[1][1]
+
+
+def test_distributed_without_a_cluster_is_an_error(job):
+    job.start([*TINY, "--parallel", "jit", "--distributed"], 2)
+    (status,), ((_, message),) = job.wait()
+    assert status == 1
+    assert message.startswith("error: distributed is set, but JAX recognises no clust")
+    assert "Give --coordinator-address" in message
