@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import rich.console
 import tyro
 
-from experiments import configs, data
+from experiments import configs, data, parallel, processes
 from experiments.compare import train_and_evaluate
 from experiments.tune import tune
 
@@ -19,14 +19,20 @@ def main(args: Sequence[str] | None = None) -> int:
         description="Train SGD and SWA side by side on real data.",
         args=args,
     )
-    console = rich.console.Console()
     try:
-        if config.tune:
-            tune(config, console)
-        else:
-            train_and_evaluate(config, console)
-    except (data.DataUnavailableError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with processes.job(config.cluster):
+            console = rich.console.Console(quiet=not processes.is_main())
+            if config.tune:
+                tune(config, console)
+            else:
+                train_and_evaluate(config, console)
+    except (
+        data.DataUnavailableError,
+        parallel.DevicesError,
+        FloatingPointError,
+    ) as error:
+        if processes.is_main():
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from experiments.builders import Examples
 from experiments.configs import Config
 from experiments.evaluate import Evaluation, averaged_network, evaluate
 from experiments.progress import Bar, progress_bar
-from experiments.report import Curves, Row, make_table, write_report
+from experiments.report import Curves, Row, make_table, open_log, write_report
 from experiments.train import (
     Arm,
     EpochReport,
@@ -124,9 +124,8 @@ def train_and_evaluate(config: Config, console: rich.console.Console) -> list[Ro
         for window in (0, *sorted(config.swa_epochs))
     ]
     total = len(arms) * config.seeds * config.epochs * arms[0].steps_per_epoch
-    config.workdir.mkdir(parents=True, exist_ok=True)
     with (
-        (config.workdir / "metrics.jsonl").open("w") as log,
+        open_log(config) as log,
         progress_bar(console, total, config.batch_size) as bar,
     ):
         rows, histories = _run_arms(config, arms, splits, log, bar)

@@ -2,9 +2,26 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """How this process finds the others of its job, if there are any."""
+
+    distributed: bool
+    """Join the cluster that JAX finds in the environment: TPU pod, Slurm, others."""
+
+    coordinator_address: str | None
+    """HOST:PORT of process 0, where the environment does not tell."""
+
+    num_processes: int | None
+    """Number of processes in the job, with --coordinator-address."""
+
+    process_id: int | None
+    """Number of this process, from 0, with --coordinator-address."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +82,12 @@ class Config:
     strides: tuple[int, ...]
     """Stride of each 3x3 convolution."""
 
+    parallel: Literal["none", "pmap", "shard_map", "jit"]
+    """Train on one device, or on all of the job's by this strategy."""
+
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")]
+    """The processes of a job on many hosts."""
+
     tune: bool
     """Choose learning rates on the validation split instead; never reads test."""
 
@@ -102,6 +125,7 @@ class Config:
             " for every convolution, and at least one.",
         )
         self._check_windows()
+        self._check_cluster()
 
     def _check_windows(self) -> None:
         _check(
@@ -121,11 +145,37 @@ class Config:
             f"swa_epochs is {self.swa_epochs}; each window must appear once.",
         )
 
+    def _check_cluster(self) -> None:
+        cluster = self.cluster
+        address, number = cluster.coordinator_address, cluster.process_id
+        if address is None or cluster.num_processes is None or number is None:
+            given = address, cluster.num_processes, number
+            _check(
+                given == (None, None, None),
+                "coordinator_address, num_processes and process_id are"
+                f" {', '.join(map(str, given))}; give all three, or none of them.",
+            )
+            return
+        _check(
+            0 <= number < cluster.num_processes,
+            f"process_id is {number} with num_processes={cluster.num_processes};"
+            " processes are numbered from 0 to one less than that.",
+        )
+        _check(
+            not cluster.distributed,
+            "distributed is set along with coordinator_address; give only one of the"
+            " two.",
+        )
+
 
 def _check(valid: bool, message: str) -> None:
     if not valid:
         raise ValueError(message)
 
+
+ONE_PROCESS = Cluster(
+    distributed=False, coordinator_address=None, num_processes=None, process_id=None
+)
 
 # Command: python -m experiments digits
 # Run time: about a minute on 2 CPU cores, with 5 seeds.
@@ -153,6 +203,8 @@ DIGITS = Config(
     flip=False,
     widths=(16, 32, 32),
     strides=(1, 2, 1),
+    parallel="none",
+    cluster=ONE_PROCESS,
     tune=False,
     tune_seeds=5,
     tune_learning_rates=(0.1, 0.2, 0.4),
@@ -188,6 +240,8 @@ FASHION_MNIST = Config(
     flip=False,
     widths=(16, 32, 32),
     strides=(2, 2, 1),
+    parallel="none",
+    cluster=ONE_PROCESS,
     tune=False,
     tune_seeds=3,
     tune_learning_rates=(0.05, 0.1, 0.2),

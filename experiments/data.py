@@ -9,13 +9,13 @@ import functools
 import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments import builders
+from experiments import builders, processes
 from experiments.builders import Examples, take
 from experiments.configs import Config
 
@@ -41,6 +41,21 @@ class EvalBatch(Batch):
     """A batch for evaluation: rows with a False mask are padding."""
 
     mask: np.ndarray  # [batch] bool
+
+
+class Share(NamedTuple):
+    """The rows of every batch that one process gathers: contiguous, its own alone."""
+
+    process: int  # from 0
+    processes: int  # divides the batch size
+
+    def rows(self, batch_size: int) -> slice:
+        """Where they are in a batch of the whole job."""
+        size = batch_size // self.processes
+        return slice(self.process * size, (self.process + 1) * size)
+
+
+WHOLE = Share(0, 1)
 
 
 class DataUnavailableError(RuntimeError):
@@ -116,7 +131,8 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Examples]:
         ValueError: A file is damaged, or `train_examples` exceeds the split.
         DataUnavailableError: The data set is not on this machine.
     """
-    builder, splits = _make_builder(config)
+    with processes.main_first():  # a builder looks only once for prepared data
+        builder, splits = _make_builder(config)
     loaded = {}
     for name in names:
         source = builder.as_data_source(splits[name])
@@ -158,28 +174,40 @@ def epoch_order(
 
 
 def augment(
-    images: np.ndarray, rng: np.random.Generator, max_shift: int, flip: bool
+    images: np.ndarray,
+    rng: np.random.Generator,
+    max_shift: int,
+    flip: bool,
+    share: Share = WHOLE,
 ) -> np.ndarray:
-    """Shift each image by up to `max_shift` pixels, zeros moving in; mirror half."""
+    """Shift each image by up to `max_shift` pixels, zeros moving in; mirror half.
+
+    Where the images are a share of a batch, they come out as they would within it.
+    """
     count, height, width, _ = images.shape
+    whole = count * share.processes
+    mine = share.rows(whole)
     pad = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
     padded = np.pad(images, pad)
-    top, left = rng.integers(0, 2 * max_shift + 1, (2, count, 1))
+    top, left = rng.integers(0, 2 * max_shift + 1, (2, whole, 1))[:, mine]
     rows, columns = top + np.arange(height), left + np.arange(width)
     if flip:
-        mirrored = rng.random((count, 1)) < 0.5
+        mirrored = rng.random((whole, 1))[mine] < 0.5
         columns = np.where(mirrored, columns[:, ::-1], columns)
     every = np.arange(count)[:, None, None]
     return padded[every, rows[:, :, None], columns[:, None, :]]
 
 
 class _TrainBatches:
-    """Random access to the batches of a whole run, for grain."""
+    """Random access to a process's share of a whole run's batches, for grain."""
 
-    def __init__(self, examples: Examples, config: Config, seed: int) -> None:
+    def __init__(
+        self, examples: Examples, config: Config, seed: int, share: Share
+    ) -> None:
         self._examples = examples
         self._config = config
         self._seed = seed
+        self._share = share
         self._steps = steps_per_epoch(len(examples.labels), config.batch_size)
 
     def __len__(self) -> int:
@@ -189,17 +217,28 @@ class _TrainBatches:
         epoch, index = divmod(step, self._steps)
         config, (images, labels) = self._config, self._examples
         order = epoch_order(len(labels), config.batch_size, self._seed, epoch)
-        picked = images[order[index]]
+        rows = order[index, self._share.rows(config.batch_size)]
+        picked = images[rows]
         if config.max_shift or config.flip:
             # NumPy ignores trailing zeros, so 0 would repeat epoch_order's stream.
             rng = np.random.default_rng((self._seed, epoch, index + 1))
-            picked = augment(picked, rng, config.max_shift, config.flip)
-        return Batch(images=picked, labels=labels[order[index]])
+            picked = augment(picked, rng, config.max_shift, config.flip, self._share)
+        return Batch(images=picked, labels=labels[rows])
 
 
-def train_batches(examples: Examples, config: Config, seed: int) -> Iterator[Batch]:
-    """Iterate over the batches of `config.epochs` epochs, gathered ahead of use."""
-    dataset = grain.MapDataset.source(_TrainBatches(examples, config, seed))
+def train_batches(
+    examples: Examples, config: Config, seed: int, share: Share = WHOLE
+) -> Iterator[Batch]:
+    """Iterate over the batches of `config.epochs` epochs, gathered ahead of use.
+
+    Args:
+        examples: The train split.
+        config: The experiment.
+        seed: Decides the order.
+        share: The part of each batch to gather. All shares together are the batch
+            that one process would train on.
+    """
+    dataset = grain.MapDataset.source(_TrainBatches(examples, config, seed, share))
     # The data is in memory: one thread keeps ahead, more would fight for the GIL.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
     return iter(dataset.to_iter_dataset(options))

@@ -16,12 +16,15 @@ class ConvNet(nn.Module):
         strides: Stride of each convolution.
         pixel_max: Largest raw pixel value; inputs are scaled to [-0.5, 0.5].
         num_classes: Number of logits.
+        axis_name: Mapped axis over which BatchNorm averages its moments, under
+            `jax.pmap` or `jax.shard_map`. None: those of the rows at hand.
     """
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     pixel_max: int
     num_classes: int = 10
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -36,6 +39,8 @@ class ConvNet(nn.Module):
         for width, stride in zip(self.widths, self.strides, strict=True):
             # BatchNorm subtracts the mean, so a bias before it would do nothing.
             x = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            x = nn.BatchNorm(
+                use_running_average=not train, momentum=0.9, axis_name=self.axis_name
+            )(x)
             x = nn.relu(x)
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))

@@ -7,11 +7,12 @@ import os
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import rich.table
 
+from experiments import processes
 from experiments.configs import Config
 from experiments.evaluate import Evaluation
 
@@ -107,8 +108,21 @@ def config_dict(config: Config) -> dict[str, Any]:
     }
 
 
+def open_log(config: Config) -> TextIO:
+    """Open metrics.jsonl for writing; in all processes but the main one, nothing."""
+    if not processes.is_main():
+        return open(os.devnull, "w")
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    return (config.workdir / "metrics.jsonl").open("w")
+
+
 def write_atomic(path: pathlib.Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Of the processes of a job, only the main one writes.
+    """
+    if not processes.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_bytes(content)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import swa_jax
-from experiments import data
+from experiments import data, parallel
 from experiments.builders import Examples
 from experiments.configs import Config
 from experiments.models import ConvNet
@@ -58,7 +58,10 @@ class Hooks:
         """See an epoch's means, one step into the next epoch."""
 
     def on_epoch_end(self, epoch: int, state: TrainState) -> None:
-        """See the state at the end of an epoch, from 1; the next step donates it."""
+        """See the state at the end of an epoch, from 1; the next step donates it.
+
+        It is on this process's first device, whatever the strategy.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Arm:
     swa_epochs: int  # 0: plain SGD
     steps_per_epoch: int
     learning_rates: np.ndarray  # [total steps] float32
-    init: Callable[[jax.Array], TrainState]  # from a PRNG key
+    strategy: parallel.Strategy
+    init: Callable[[jax.Array], TrainState]  # from a PRNG key; placed on all devices
     step: StepFn  # compiled; donates the state
 
     @property
@@ -77,9 +81,9 @@ class Arm:
         return f"swa{self.swa_epochs}" if self.swa_epochs else "sgd"
 
 
-def make_model(config: Config) -> ConvNet:
-    """The experiment's network."""
-    return ConvNet(config.widths, config.strides, config.pixel_max)
+def make_model(config: Config, axis_name: str | None = None) -> ConvNet:
+    """The experiment's network; `axis_name` synchronises its BatchNorm."""
+    return ConvNet(config.widths, config.strides, config.pixel_max, axis_name=axis_name)
 
 
 def make_schedule(config: Config, steps: int, swa_epochs: int) -> optax.Schedule:
@@ -122,9 +126,18 @@ def make_optimizer(
 
 
 def make_train_step(
-    model: ConvNet, optimizer: optax.GradientTransformationExtraArgs
+    model: ConvNet,
+    optimizer: optax.GradientTransformationExtraArgs,
+    axis_name: str | None = None,
 ) -> StepFn:
-    """Build the pure function (state, batch) -> (state, metrics); not yet compiled."""
+    """Build the pure function (state, batch) -> (state, metrics); not yet compiled.
+
+    Args:
+        model: The network, made with the same `axis_name`.
+        optimizer: Gets the mean of all devices' gradients.
+        axis_name: Mapped axis of the devices, each with an equal part of the batch.
+            None: the step sees the whole batch.
+    """
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, Metrics]:
         def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
@@ -141,11 +154,12 @@ def make_train_step(
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(
             loss_fn, has_aux=True
-        )(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        )(parallel.per_device(state.params, axis_name))
         correct = jnp.argmax(logits, axis=-1) == batch["labels"]
         metrics = Metrics(loss, jnp.mean(correct, dtype=jnp.float32))
+        grads, metrics = parallel.mean_over((grads, metrics), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state), metrics
 
     return train_step
@@ -160,7 +174,12 @@ def _init_variables(
 
 
 def make_arm(config: Config, examples: Examples, swa_epochs: int) -> Arm:
-    """Assemble and jit one arm; `examples` gives the shapes and the epoch length."""
+    """Assemble and jit one arm; `examples` gives the shapes and the epoch length.
+
+    Raises:
+        DevicesError: The settings do not fit this job's devices.
+    """
+    strategy = parallel.make_strategy(config.parallel, config.batch_size)
     model = make_model(config)
     steps = data.steps_per_epoch(len(examples.labels), config.batch_size)
     optimizer = make_optimizer(config, steps, swa_epochs)
@@ -172,10 +191,14 @@ def make_arm(config: Config, examples: Examples, swa_epochs: int) -> Arm:
     def init(key: jax.Array) -> TrainState:
         variables = _init_variables(model, key, examples.images.shape[1:])
         params = variables["params"]
-        return TrainState(params, variables["batch_stats"], init_optimizer(params))
+        state = TrainState(params, variables["batch_stats"], init_optimizer(params))
+        return strategy.place_state(state)
 
-    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-    return Arm(swa_epochs, steps, np.asarray(rates), init, step)
+    axis_name = strategy.axis_name
+    step = make_train_step(make_model(config, axis_name), optimizer, axis_name)
+    return Arm(
+        swa_epochs, steps, np.asarray(rates), strategy, init, strategy.compile(step)
+    )
 
 
 class _Meter:
@@ -233,7 +256,7 @@ def train(
         hooks: Called on the way.
 
     Returns:
-        The final state.
+        The final state, on this process's first device.
 
     Raises:
         FloatingPointError: A loss is NaN or infinite; the message names the step.
@@ -243,17 +266,19 @@ def train(
     meter = _Meter(arm, config, hooks)
     pending: tuple[int, Metrics] | None = None
     clock = time.perf_counter()
-    batches = data.train_batches(examples, config, seed)
+    share = data.Share(jax.process_index(), jax.process_count())
+    batches = data.train_batches(examples, config, seed, share)
     for step, batch in enumerate(batches, start=1):
-        state, metrics = arm.step(state, batch)
+        state, metrics = arm.step(state, arm.strategy.place_batch(batch))
         if pending is not None:
             # Waits for the previous step only: this one keeps the device busy.
             meter.add(*pending)
             meter.add_time(time.perf_counter() - clock)
         pending = step, metrics
         if step % arm.steps_per_epoch == 0:
-            hooks.on_epoch_end(step // arm.steps_per_epoch, state)
+            here = arm.strategy.fetch(state)
+            hooks.on_epoch_end(step // arm.steps_per_epoch, here)
         clock = time.perf_counter()
     if pending is not None:
         meter.add(*pending)
-    return state
+    return arm.strategy.fetch(state)

@@ -40,3 +40,18 @@ def test_no_setting_has_a_default_of_its_own():
 def test_settings_that_cannot_run_are_errors(overrides, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(configs.DIGITS, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((False, "host:1", 2, None), "are host:1, 2, None; give all three, or none"),
+        ((False, None, 2, 0), "are None, 2, 0; give all three, or none"),
+        ((False, "host:1", 2, 2), "process_id is 2 with num_processes=2; .* from 0"),
+        ((False, "host:1", 2, -1), "process_id is -1 with num_processes=2"),
+        ((True, "host:1", 2, 0), "distributed is set along with coordinator_address"),
+    ],
+)
+def test_clusters_that_cannot_be_joined_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(configs.DIGITS, cluster=configs.Cluster(*settings))

@@ -87,6 +87,38 @@ def test_augmented_batches_repeat_and_differ(tiny, examples):
         assert np.any(batch["images"] != original["images"])
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_processes_share_every_batch(tiny, examples, processes, augmented):
+    """Side by side, the shares are one process's batches: no row lost or twice."""
+    config = dataclasses.replace(tiny, max_shift=int(augmented), flip=augmented)
+    shares = [
+        list(data.train_batches(examples, config, 3, data.Share(process, processes)))
+        for process in range(processes)
+    ]
+    whole = list(data.train_batches(examples, config, 3))
+    assert {len(share) for share in shares} == {len(whole)}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part["labels"]) for part in parts} == {8 // processes}
+        for name in ("images", "labels"):
+            together = np.concatenate([part[name] for part in parts])
+            np.testing.assert_array_equal(together, batch[name])
+
+
+def test_a_process_gathers_its_own_rows_only(tiny):
+    class Watched(np.ndarray):
+        def __getitem__(self, rows):
+            gathered.append(np.size(rows))
+            return super().__getitem__(rows)
+
+    gathered = []
+    images, labels = numbered(20)
+    watched = Examples(images.view(Watched), labels)
+    for batch in data.train_batches(watched, tiny, 0, data.Share(1, 4)):
+        assert len(batch["labels"]) == 2
+    assert gathered == [2] * 12
+
+
 def test_augment_shifts_and_mirrors():
     rng = np.random.default_rng(0)
     image = rng.integers(1, 256, (6, 5), dtype=np.uint8)

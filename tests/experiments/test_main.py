@@ -127,6 +127,8 @@ def test_tune_flag_tunes(monkeypatch, tmp_path):
         (["digitz"], "digitz"),
         (["digits", "--epochs", "many"], "many"),
         (["digits", "--epochs", "7"], "swa_epochs contains 10 with epochs=7"),
+        (["digits", "--parallel", "vmap"], "vmap"),
+        (["digits", "--num-processes", "2"], "give all three, or none of them"),
         ([], "Expected one of {digits, fashion_mnist}"),
     ],
 )
