@@ -4,6 +4,9 @@ from swa_jax.averaging import SWAState as SWAState
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
+from swa_jax.recipe import SWA as SWA
+from swa_jax.recipe import Event as Event
+from swa_jax.recipe import TrainingState as TrainingState
 from swa_jax.schedules import cosine_to_constant_schedule as cosine_to_constant_schedule
 from swa_jax.schedules import cyclic_schedule as cyclic_schedule
 from swa_jax.schedules import linear_to_constant_schedule as linear_to_constant_schedule
@@ -15,7 +18,10 @@ from swa_jax.transform import swa_state as swa_state
 __version__ = "0.1.0"
 
 __all__ = [
+    "SWA",
+    "Event",
     "SWAState",
+    "TrainingState",
     "cosine_to_constant_schedule",
     "cyclic_schedule",
     "init_average",

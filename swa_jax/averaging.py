@@ -11,7 +11,7 @@ the weights copies all of it. And the mean is kept in float32 when the weights a
 narrower, because ``(q - mean) / (n + 1)`` soon falls below the spacing of bfloat16.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -145,20 +145,36 @@ def update_average(state: SWAState, params: PyTree) -> SWAState:
     Example:
       See ``init_average``.
     """
+    return _run(_update_in_place, state, params)
+
+
+def averaged_with(state: SWAState, params: PyTree) -> SWAState:
+    """``update_average`` for those who need the old state as well: nothing is donated.
+
+    It takes the room of a second average.
+    """
+    return _run(_update, state, params)
+
+
+def _run(update: Callable[..., SWAState], state: SWAState, params: PyTree) -> SWAState:
     if not isinstance(state, SWAState):
         raise TypeError(
             f"update_average: state must be an SWAState, got {type(state).__name__}; "
             "make one with swa_jax.init_average(params)"
         )
+    params, targets = _meet(state.avg_params, params)
+    return update(state, params, targets)
+
+
+def _next_state(state: SWAState, params: PyTree, targets: Targets | None) -> SWAState:
+    # While tracing, so that it costs nothing from the second call on.
     check_params(params, state.avg_params, caller="update_average")
-    params = jax.tree.map(_on_devices_of, state.avg_params, params)
-    return _jitted_update(state, params, _own_targets(state.avg_params, params))
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _jitted_update(state: SWAState, params: PyTree, targets: Targets) -> SWAState:
     new = accumulate(state, params, targets=targets)
     return new._replace(num_updates=optax.safe_increment(state.num_updates))
+
+
+_update = jax.jit(_next_state, static_argnums=2)
+_update_in_place = jax.jit(_next_state, static_argnums=2, donate_argnums=0)
 
 
 def accumulate(
@@ -182,13 +198,15 @@ def accumulate(
       The state after.
     """
     n = state.num_averaged
+    # Once, not for each of hundreds of leaves: it shows in the time to compile.
+    first, count = n == 0, optax.safe_increment(n)
 
     def advance(mean: jax.Array, new: jax.Array, target: Sharding | None) -> jax.Array:
         mean = to_device(mean, target)
         # The newcomer moves, never the mean: each device works on its own part.
         new = bring(new, target) if target else beside(new, mean)
         if jnp.issubdtype(mean.dtype, jnp.inexact):
-            new = _next_mean(mean, new, n)
+            new = _next_mean(mean, new, first, count)
         elif not jnp.issubdtype(mean.dtype, jax.dtypes.extended):
             new = jnp.asarray(new, mean.dtype)  # not weakly typed, as the mean is not
         return place(new if sample is None else jnp.where(sample, new, mean), target)
@@ -196,7 +214,6 @@ def accumulate(
     means, treedef = jax.tree.flatten(state.avg_params)
     targets = targets or (None,) * len(means)
     new_means = map(advance, means, jax.tree.leaves(params), targets)
-    count = optax.safe_increment(n)
     return SWAState(
         num_updates=state.num_updates,
         num_averaged=count if sample is None else jnp.where(sample, count, n),
@@ -204,15 +221,34 @@ def accumulate(
     )
 
 
-def _next_mean(mean: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
+def _next_mean(
+    mean: jax.Array, new: jax.Array, first: jax.Array, count: jax.Array
+) -> jax.Array:
     # An accumulator narrower than float32 was asked for to save memory, not to
     # round in between as well: compute wider, round once.
     compute = mean_dtype(mean.dtype, None)
     old, new = mean.astype(compute), jnp.asarray(new).astype(compute)
-    count = (n + 1).astype(compute)
     # The first model replaces the mean: old + (new - old) would round, and would
     # carry over a non-finite start.
-    return jnp.where(n == 0, new, old + (new - old) / count).astype(mean.dtype)
+    step = (new - old) / count.astype(compute)
+    return jnp.where(first, new, old + step).astype(mean.dtype)
+
+
+def _meet(avg_params: PyTree, params: PyTree) -> tuple[PyTree, Targets | None]:
+    """The weights, moved where they live on other devices than the mean.
+
+    Also where the mean must be held, if the weights would pull it away.
+    """
+    means, leaves = jax.tree.leaves(avg_params), jax.tree.leaves(params)
+    if len(means) == len(leaves) and all(map(_together, means, leaves)):
+        return params, None  # as always in a loop, so this is quick
+    check_params(params, avg_params, caller="update_average")
+    moved = jax.tree.map(_on_devices_of, avg_params, params)
+    return moved, tuple(map(_own_target, means, jax.tree.leaves(moved)))
+
+
+def _together(mean: Any, param: Any) -> bool:
+    return _is_placed(mean) and _is_placed(param) and mean.sharding == param.sharding
 
 
 def _on_devices_of(mean: Any, param: Any) -> Any:
@@ -223,16 +259,11 @@ def _on_devices_of(mean: Any, param: Any) -> Any:
     return param if same else bring(param, mean.sharding)
 
 
-def _own_targets(avg_params: PyTree, params: PyTree) -> Targets:
-    """Where the mean must stay, for the leaves that the weights would pull away."""
-
-    def own(mean: Any, param: Any) -> Sharding | None:
-        if not _is_placed(mean) or is_traced(param):
-            return None
-        here = _is_placed(param) and mean.sharding == param.sharding
-        return None if here else mean.sharding
-
-    return tuple(map(own, jax.tree.leaves(avg_params), jax.tree.leaves(params)))
+def _own_target(mean: Any, param: Any) -> Sharding | None:
+    """Where the mean must stay, if the weights would pull it away."""
+    if not _is_placed(mean) or is_traced(param) or _together(mean, param):
+        return None
+    return mean.sharding
 
 
 def _is_placed(x: Any) -> bool:

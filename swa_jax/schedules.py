@@ -131,7 +131,7 @@ def swa_schedule(
     anneal_steps = _check_length("anneal_steps", anneal_steps)
     update_every = _check_length("update_every", update_every, at_least=1)
     check_strategy("strategy", strategy)
-    base = _as_schedule(base)
+    base = as_schedule(base)
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step)
@@ -269,7 +269,8 @@ def _check_length(name: str, value: Any, *, at_least: int = 0) -> int:
     return length
 
 
-def _as_schedule(base: Any) -> Callable[[Any], Any]:
+def as_schedule(base: Any) -> Callable[[Any], Any]:
+    """A learning rate, or a schedule, as a schedule."""
     if callable(base):
         return base
     if isinstance(base, str) or np.ndim(base) != 0:

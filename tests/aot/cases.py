@@ -157,7 +157,7 @@ def compile_update(devices: Devices, layout: str) -> Report:
     params = _params(RESNET50, jnp.float32, where)
     state = placed(jax.eval_shape(swa_jax.init_average, params), where)
     # Not through the public name: jitted around it, it would be our donation, not its.
-    compiled = averaging._jitted_update.lower(state, params, None).compile()
+    compiled = averaging._update_in_place.lower(state, params, None).compile()
     return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
 
 
