@@ -366,22 +366,36 @@ def batch_norm_pass(options: Options) -> Iterator[Line]:
         )
         return updated["batch_stats"]
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def forward(train: bool, batch: jax.Array) -> Any:
-        mutable = ["batch_stats"] if train else False
-        return model.apply(variables, batch, train=train, mutable=mutable)
+    @jax.jit
+    def training(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> Any:
+        return model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch,
+            train=True,
+            mutable=["batch_stats"],
+        )
 
-    def all_batches(train: bool) -> None:
-        for batch in batches:
-            output = forward(train, batch)
-        jax.block_until_ready(output)
+    @jax.jit
+    def inference(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, batch, train=False)
+
+    def train_all() -> None:
+        stats = batch_stats
+        for batch in batches:  # running statistics go from batch to batch
+            logits, updated = training(params, stats, batch)
+            stats = updated["batch_stats"]
+        jax.block_until_ready((logits, stats))
+
+    def infer_all() -> None:
+        jax.block_until_ready([inference(params, batch_stats, b) for b in batches])
 
     actions: dict[str, Action] = {
         "pass": lambda: jax.block_until_ready(
             swa_jax.recompute_batch_stats(batch_stats_fn, params, batch_stats, batches)
         ),
-        "training": lambda: all_batches(True),
-        "inference": lambda: all_batches(False),
+        "training": train_all,
+        "inference": infer_all,
     }
     seconds = take_turns(actions, max(3, options.rounds // 3))
     images = count * options.batch_size

@@ -1,0 +1,674 @@
+"""The published hyperparameters: when `SWA` acts, what it does, and that it is pure."""
+
+import dataclasses
+import fractions
+import inspect
+import math
+from typing import Any
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import swa_jax
+from swa_jax import SWA, Event, TrainingState
+
+U = 2.0**-24  # float32's unit roundoff
+
+
+def fresh_state(num_epochs: int = 10, **fields: Any) -> TrainingState:
+    """A state before training, of one weight and no statistics."""
+    state = TrainingState(
+        epoch=0,
+        num_epochs=num_epochs,
+        params={"w": jnp.zeros(2)},
+        batch_stats={},
+        learning_rate=0.1,
+    )
+    return state._replace(**fields)
+
+
+def at_epoch_end(state: TrainingState, epoch: int, weight: float) -> TrainingState:
+    return state._replace(epoch=epoch, params={"w": jnp.full(2, weight)})
+
+
+def run(recipe: SWA, weights: list[float], state: TrainingState) -> TrainingState:
+    """All events of a training run whose epochs end at the given weights."""
+    state = recipe.apply(Event.TRAINING_START, state)
+    for epoch, weight in enumerate(weights):
+        state = at_epoch_end(state, epoch, weight)
+        if recipe.match(Event.EPOCH_END, state):
+            state = recipe.apply(Event.EPOCH_END, state)
+    return recipe.apply(Event.TRAINING_END, state)
+
+
+# The contract.
+
+
+def test_signatures_are_the_contract():
+    parameters = inspect.signature(SWA).parameters
+    assert {k: p.default for k, p in list(parameters.items())[:4]} == {
+        "swa_start": 0.8,
+        "anneal_epochs": 10,
+        "swa_lr": None,
+        "anneal_strategy": "cos",
+    }
+    kinds = [p.kind for p in parameters.values()]
+    assert kinds[:3] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3
+    assert set(kinds[3:]) == {inspect.Parameter.KEYWORD_ONLY}
+    names = ("schedule", "transform", "match", "apply")
+    assert [list(inspect.signature(getattr(SWA, n)).parameters) for n in names] == [
+        ["self", "base", "num_epochs", "steps_per_epoch"],
+        ["self", "num_epochs", "steps_per_epoch"],
+        ["self", "event", "state"],
+        ["self", "event", "state", "logger", "batch_stats_fn", "train_batches"],
+    ]
+    contract = ("epoch", "num_epochs", "params", "batch_stats", "learning_rate", "swa")
+    assert TrainingState._fields[:6] == contract
+    assert TrainingState._field_defaults["swa"] is None
+    assert [e.name for e in Event] == [
+        "TRAINING_START",
+        "EPOCH_START",
+        "BATCH_START",
+        "BATCH_END",
+        "EPOCH_END",
+        "TRAINING_END",
+    ]
+
+
+def test_a_recipe_is_a_value():
+    assert SWA() == SWA(0.8, 10, None)
+    assert len({SWA(), SWA(0.8), SWA(0.7)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SWA().swa_lr = 0.1
+
+
+def test_of_ten_epochs_the_last_two_are_averaged():
+    """The figures of the issue: Composer's first release, N = 10, 0.8: 9 and 10."""
+    recipe = SWA()
+    matched = [
+        e for e in range(10) if recipe.match(Event.EPOCH_END, fresh_state(epoch=e))
+    ]
+    assert matched == [8, 9]  # counted from 0
+    state = run(recipe, [float(n) for n in range(1, 11)], fresh_state())
+    np.testing.assert_array_equal(state.params["w"], [9.5, 9.5])
+    assert swa_jax.swa_state(state.swa).num_averaged == 2
+
+
+@pytest.mark.parametrize("event", [e for e in Event if e is not Event.EPOCH_END])
+@pytest.mark.parametrize("epoch", [0, 8, 9])
+def test_other_events(event, epoch):
+    """Start and end of training match at any epoch; nothing else ever does."""
+    state = fresh_state(epoch=epoch)
+    assert SWA().match(event, state) is (
+        event.name in ("TRAINING_START", "TRAINING_END")
+    )
+
+
+def test_events_may_be_given_by_value():
+    assert SWA().match("epoch_end", fresh_state(epoch=8))
+
+
+# Both forms, and the published rule.
+
+
+def published_run(
+    recipe: SWA, base: np.ndarray, steps: int, grads: np.ndarray
+) -> tuple[np.ndarray, float, list[int]]:
+    """The published rule in float64, epoch by epoch: rates, average, averaged epochs.
+
+    Written from DESIGN.md's prose and algorithm 1 of the paper, with no code of ours.
+    """
+    epochs = len(grads) // steps
+    weight, rates, snapshots, averaged = 0.0, [], [], []
+    lr0 = math.nan
+    for epoch in range(epochs):
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            k = len(snapshots)
+            if k == 0:
+                rate = float(base[step])
+            else:
+                end = lr0 if recipe.swa_lr is None else recipe.swa_lr
+                x = min(1.0, k / recipe.anneal_epochs)
+                if recipe.anneal_strategy == "cos":
+                    x = (1 - math.cos(math.pi * x)) / 2
+                rate = lr0 + (end - lr0) * x
+            rates.append(rate)
+            weight -= rate * float(grads[step])
+        if epoch >= int(recipe.swa_start * epochs):
+            lr0 = rates[-1] if not snapshots else lr0
+            snapshots.append(weight)
+            averaged.append(epoch)
+    return np.array(rates), float(np.mean(snapshots)), averaged
+
+
+def optax_run(
+    recipe: SWA, base: optax.Schedule, steps: int, grads: np.ndarray
+) -> tuple[np.ndarray, Any, int]:
+    """`schedule` and `transform` inside an optimizer."""
+    epochs = len(grads) // steps
+    schedule = recipe.schedule(base, epochs, steps)
+    tx = optax.chain(optax.sgd(schedule), recipe.transform(epochs, steps))
+
+    def step(carry: Any, grad: jax.Array) -> Any:
+        params, opt_state = carry
+        updates, opt_state = tx.update(grad, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    start = jnp.zeros(())
+    (params, opt_state), _ = jax.lax.scan(
+        step, (start, tx.init(start)), jnp.asarray(grads)
+    )
+    count = swa_jax.swa_state(opt_state).num_averaged
+    rates = jax.vmap(schedule)(jnp.arange(len(grads)))
+    return np.asarray(rates), swa_jax.swa_params(opt_state, params), int(count)
+
+
+def loop_run(
+    recipe: SWA, base: optax.Schedule, steps: int, grads: np.ndarray
+) -> tuple[np.ndarray, Any, int]:
+    """`match` and `apply` in a loop that does its own updates."""
+    epochs = len(grads) // steps
+    state = fresh_state(
+        epochs, params=np.float32(0), num_updates=0, steps_per_epoch=steps
+    )
+    state = recipe.apply(Event.TRAINING_START, state)
+    rates = []
+
+    def end(event: Event) -> None:
+        nonlocal state
+        if recipe.match(event, state):
+            state = recipe.apply(event, state)
+
+    for epoch in range(epochs):
+        state = state._replace(epoch=epoch)
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            if swa_jax.swa_state(state.swa).num_averaged == 0:
+                state = state._replace(learning_rate=base(step))
+            rates.append(state.learning_rate)
+            moved = state.params - np.float32(state.learning_rate) * grads[step]
+            state = state._replace(params=np.float32(moved), num_updates=step + 1)
+            end(Event.BATCH_END)
+        end(Event.EPOCH_END)
+    average = swa_jax.swa_params(state.swa, state.params)
+    count = int(swa_jax.swa_state(state.swa).num_averaged)
+    return np.asarray(rates), average, count
+
+
+rates_of = st.floats(2**-10, 1.0, width=32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    epochs=st.integers(1, 8),
+    steps=st.integers(1, 3),
+    start=st.floats(0.01, 0.99),
+    anneal=st.integers(1, 9),
+    swa_lr=st.none() | rates_of,
+    strategy=st.sampled_from(["cos", "linear"]),
+    top=rates_of,
+    seed=st.integers(0, 2**31),
+)
+def test_both_forms_are_the_published_rule(
+    epochs, steps, start, anneal, swa_lr, strategy, top, seed
+):
+    recipe = SWA(start, anneal, swa_lr, anneal_strategy=strategy)
+    grads = np.random.default_rng(seed).normal(size=epochs * steps).astype(np.float32)
+    base = optax.exponential_decay(top, 7, 0.9)
+    base_rates = np.asarray(jax.vmap(base)(jnp.arange(epochs * steps)))
+    rates, average, averaged = published_run(recipe, base_rates, steps, grads)
+    highest = max(top, swa_lr or 0.0)
+    # The blend rounds its cosine, its product, its difference and its sum, and lr0's
+    # power once more than vmap does: below 12 U. Rates and averages then carry the
+    # rounding of every weight so far: 24 steps of at most |weight| <= 24 * 5 * rate.
+    for form in (optax_run, loop_run):
+        got_rates, got_average, count = form(recipe, base, steps, grads)
+        np.testing.assert_allclose(got_rates, rates, rtol=0, atol=12 * U * highest)
+        assert count == len(averaged)
+        np.testing.assert_allclose(
+            got_average, average, rtol=0, atol=1000 * U * highest
+        )
+
+
+def test_rates_epoch_by_epoch():
+    """By hand: of N = 10 from epoch 5 on, linearly from 0.4 to 0 in 4 epochs."""
+    recipe = SWA(0.5, 4, 0.0, anneal_strategy="linear")
+    schedule = recipe.schedule(0.4, num_epochs=10, steps_per_epoch=3)
+    rates = np.array([schedule(step) for step in range(30)]).reshape(10, 3)
+    expected = [0.4] * 6 + [0.3, 0.2, 0.1, 0.0]
+    np.testing.assert_allclose(rates, np.repeat(np.c_[expected], 3, 1), rtol=3 * U)
+
+
+def test_without_swa_lr_the_rate_stays():
+    base = optax.linear_schedule(1.0, 0.0, 40)
+    rates = jax.vmap(SWA(0.5, 3).schedule(base, 10, 4))(jnp.arange(40))
+    np.testing.assert_array_equal(rates[:24], jax.vmap(base)(jnp.arange(24)))
+    np.testing.assert_array_equal(rates[24:], np.full(16, base(23)))
+
+
+@pytest.mark.parametrize("swa_lr", [0.0, 0.3, 2.0])
+def test_the_given_rate_is_honoured(swa_lr):
+    """A released Composer overwrites it with the optimizer's own."""
+    assert SWA(0.5, 1, swa_lr).schedule(0.1, 4, 5)(19) == np.float32(swa_lr)
+    state = fresh_state(4)
+    state = run(SWA(0.5, 1, swa_lr), [1.0, 2.0, 3.0, 4.0], state)
+    assert state.learning_rate == np.float32(swa_lr)
+
+
+# Later hyperparameters.
+
+
+def test_time_strings_of_the_issue():
+    """N = 10: later Composer "8ep" averages the ends of epochs 8, 9, 10."""
+    weights = [float(n) for n in range(1, 11)]
+    for start in ("8ep", "0.8dur", "0.75dur"):
+        state = run(SWA(start), weights, fresh_state())
+        np.testing.assert_array_equal(state.params["w"], [9.0, 9.0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_windows_by_brute_force(data):
+    """Every tick of training, asked one by one, against exact elapsed time."""
+    epochs, steps = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    tick_of = {"ep": steps, "ba": 1}
+
+    def time(name: str) -> tuple[str, fractions.Fraction]:
+        """A time string and the batches that it stands for."""
+        unit = data.draw(st.sampled_from(["dur", "ep", "ba"]), name)
+        if unit == "dur":
+            tenths = data.draw(st.integers(1, 100), name)
+            return f"{tenths / 100}dur", fractions.Fraction(
+                tenths, 100
+            ) * epochs * steps
+        most = epochs * steps // tick_of[unit]
+        value = data.draw(st.integers(1, most), name)
+        return f"{value}{unit}", fractions.Fraction(value * tick_of[unit])
+
+    (start, start_at), (end, end_at) = time("start"), time("end")
+    unit = data.draw(st.sampled_from(["ep", "ba"]))
+    every = data.draw(st.integers(1, 4))
+    size = tick_of[unit]
+    recipe = SWA(start, swa_end=end, update_interval=f"{every}{unit}")
+
+    reached = [b for b in range(size, epochs * steps + 1, size) if b >= start_at]
+    last = next(b for b in range(size, epochs * steps + 1, size) if b >= end_at)
+    sampled = [b for b in reached[::every] if b <= last]
+    event = Event.EPOCH_END if unit == "ep" else Event.BATCH_END
+    state = fresh_state(epochs, steps_per_epoch=steps)
+    if not sampled:
+        with pytest.raises(ValueError, match="averaging window is empty"):
+            recipe.match(event, state._replace(num_updates=1))
+        return
+
+    def matches(batches: int) -> bool:
+        epoch = (batches - 1) // steps
+        return recipe.match(event, state._replace(epoch=epoch, num_updates=batches))
+
+    matched = [b for b in range(size, epochs * steps + 1, size) if matches(b)]
+    # Also where training continues from the average, if that is before its end.
+    ends = {last} if last < epochs * steps else set()
+    assert matched == sorted({*sampled, *ends})
+    # Inside optax the same are averaged: weights that tell the batch they end.
+    tx = recipe.transform(epochs, steps)
+    numbers = jnp.arange(1, epochs * steps + 1)
+
+    def update(opt_state: Any, number: jax.Array) -> Any:
+        _, new = tx.update(jnp.zeros(()), opt_state, number.astype(jnp.float32))
+        return new, new.num_averaged
+
+    _, counts = jax.lax.scan(update, tx.init(jnp.zeros(())), numbers)
+    entered = np.flatnonzero(np.diff(np.asarray(counts), prepend=0)) + 1
+    assert list(entered) == sampled
+
+
+@pytest.mark.parametrize("interval", ["1ep", "2ep", "2ba", "3ba"])
+@pytest.mark.parametrize("end", [None, "0.7dur", "9ep"])
+def test_both_forms_agree_with_later_hyperparameters(interval, end):
+    """Up to swa_end, after which the loop goes on from the average."""
+    recipe = SWA("5ep", 3, 0.02, swa_end=end, update_interval=interval)
+    grads = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    base = optax.cosine_decay_schedule(0.1, 60)
+    rates, average, count = optax_run(recipe, base, 4, grads)
+    loop_rates, loop_average, loop_count = loop_run(recipe, base, 4, grads)
+    np.testing.assert_allclose(loop_rates, rates, rtol=0, atol=4 * U * 0.1)
+    assert loop_count == count >= 2
+    np.testing.assert_allclose(loop_average, average, rtol=0, atol=1000 * U * 0.1)
+    assert len(set(rates.tolist())) > 20  # the base moves, then the anneal
+
+
+def test_after_swa_end_training_continues_from_the_average():
+    recipe = SWA("2ep", swa_end="4ep", swa_lr=0.05, anneal_epochs=2)
+    state = recipe.apply(Event.TRAINING_START, fresh_state(6))
+    for epoch in range(4):
+        state = at_epoch_end(state, epoch, float(epoch + 1))
+        state = recipe.apply(Event.EPOCH_END, state)
+    np.testing.assert_array_equal(state.params["w"], [3.0, 3.0])  # of 2, 3, 4
+    assert state.learning_rate == np.float32(0.05)
+    for epoch, weight in ((4, 7.0), (5, 8.0)):  # no longer averaged
+        state = at_epoch_end(state, epoch, weight)
+        assert not recipe.match(Event.EPOCH_END, state)
+        assert recipe.apply(Event.EPOCH_END, state) is state
+    # What training made of the average is the result, with the statistics it left.
+    final = recipe.apply(
+        Event.TRAINING_END, state._replace(batch_stats={"mean": jnp.ones(2)})
+    )
+    np.testing.assert_array_equal(final.params["w"], [8.0, 8.0])
+    np.testing.assert_array_equal(final.batch_stats["mean"], [1.0, 1.0])
+
+
+def test_swa_end_between_samples_also_ends():
+    """Models after 2 and 5 epochs; the average is put in place after 6."""
+    recipe = SWA("2ep", swa_end="6ep", update_interval="3ep")
+    state = recipe.apply(Event.TRAINING_START, fresh_state(8))
+    logged = []
+    for epoch in range(6):
+        state = at_epoch_end(state, epoch, float(epoch + 1))
+        state = recipe.apply(Event.EPOCH_END, state, logged.append)
+    np.testing.assert_array_equal(state.params["w"], [3.5, 3.5])
+    assert len(logged) == 2
+
+
+def test_anneal_stays_in_epochs_when_averaging_in_batches():
+    """From 0.4 to 0.0 within 2 epochs of 4 batches, moved every 2 batches."""
+    recipe = SWA("1ep", 2, 0.0, anneal_strategy="linear", update_interval="2ba")
+    rates = jax.vmap(recipe.schedule(0.4, 4, 4))(jnp.arange(16))
+    expected = [0.4] * 4 + [0.3] * 2 + [0.2] * 2 + [0.1] * 2 + [0.0] * 6
+    np.testing.assert_allclose(rates, expected, rtol=3 * U, atol=0)
+
+
+# Purity.
+
+
+def network_state() -> tuple[TrainingState, dict[str, Any]]:
+    """A state with statistics, and what TRAINING_END needs for them."""
+
+    def batch_stats_fn(params, batch_stats, batch):
+        x = batch * params["w"][None]
+        return {
+            "mean": 0.9 * batch_stats["mean"] + 0.1 * x.mean(0),
+            "var": 0.9 * batch_stats["var"] + 0.1 * x.var(0),
+        }
+
+    batches = [jnp.arange(8.0).reshape(4, 2), jnp.arange(6.0).reshape(3, 2)]
+    state = fresh_state(batch_stats={"mean": jnp.ones(2), "var": jnp.ones(2)})
+    return state, {"batch_stats_fn": batch_stats_fn, "train_batches": lambda: batches}
+
+
+def test_apply_is_pure():
+    """Same input, same output, input untouched: at every event, in any order."""
+    recipe = SWA(0.5, 3, 0.01)
+    state, extras = network_state()
+    seen = []
+    for event, epoch in [
+        (Event.TRAINING_START, 0),
+        (Event.EPOCH_END, 5),
+        (Event.EPOCH_END, 6),
+        (Event.TRAINING_END, 9),
+    ]:
+        state = at_epoch_end(state, epoch, float(epoch))
+        before = jax.tree.map(np.array, state)
+        first = recipe.apply(event, state, **extras)
+        again = recipe.apply(event, state, **extras)
+        chex.assert_trees_all_equal(first, again)
+        chex.assert_trees_all_equal(state, before)  # alive, and with the same values
+        seen.append((event, epoch, state, first))
+        state = first
+    for event, _, old, expected in reversed(seen):
+        chex.assert_trees_all_equal(recipe.apply(event, old, **extras), expected)
+
+
+def test_apply_changes_nothing_where_match_declines():
+    state = SWA().apply(Event.TRAINING_START, fresh_state())
+    for event in (Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END):
+        assert SWA().apply(event, state) is state
+    assert SWA().apply(Event.EPOCH_END, state._replace(epoch=7)).swa is state.swa
+
+
+def test_state_is_a_pytree_of_arrays_that_resumes_in_mid_anneal():
+    """Through bytes and back after every event, the run ends with the same bits."""
+    recipe = SWA(0.3, 4, 0.01)
+    weights = [float(n) ** 1.1 for n in range(10)]
+    uninterrupted = run(recipe, weights, fresh_state())
+
+    def restart(state: TrainingState) -> TrainingState:
+        blank = recipe.apply(Event.TRAINING_START, fresh_state())
+        saved = flax.serialization.to_bytes(state.swa)
+        swa = flax.serialization.from_bytes(blank.swa, saved)
+        # A loop that starts again also says so: what is there is kept.
+        return recipe.apply(Event.TRAINING_START, state._replace(swa=swa))
+
+    state = recipe.apply(Event.TRAINING_START, fresh_state())
+    for epoch, weight in enumerate(weights):
+        state = restart(at_epoch_end(state, epoch, weight))
+        if recipe.match(Event.EPOCH_END, state):
+            state = recipe.apply(Event.EPOCH_END, state)
+    state = recipe.apply(Event.TRAINING_END, restart(state))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(uninterrupted.swa))
+    chex.assert_trees_all_equal(state, uninterrupted)
+
+
+def test_types_and_compilations_are_stable(caplog):
+    """One structure from the start on, and one compilation for all epochs."""
+    recipe = SWA(0.1, 20, 0.01)
+    state = fresh_state(
+        40, params={"w": jnp.zeros((3, 5))}, learning_rate=jnp.array(0.1)
+    )
+    state = recipe.apply(Event.TRAINING_START, state)
+    types = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state.swa)
+    with jax.log_compiles():
+        for epoch in range(4, 40):
+            caplog.clear() if epoch == 6 else None
+            state = recipe.apply(Event.EPOCH_END, state._replace(epoch=epoch))
+            assert types == jax.tree.map(
+                lambda x: (x.shape, x.dtype, x.weak_type), state.swa
+            )
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+def test_sharded_parameters_keep_their_place():
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    w = jax.device_put(jnp.arange(16.0), sharding)
+    state = SWA().apply(Event.TRAINING_START, fresh_state(params=w))
+    for epoch in (8, 9):
+        state = SWA().apply(Event.EPOCH_END, state._replace(epoch=epoch, params=w))
+    state = SWA().apply(Event.TRAINING_END, state)
+    for leaf in (state.params, state.swa.average.avg_params):
+        assert leaf.sharding == sharding
+    np.testing.assert_array_equal(state.params, w)
+
+
+# The end of training.
+
+
+def test_statistics_are_those_of_the_averaged_weights():
+    state, extras = network_state()
+    weights = [float(n) for n in range(1, 11)]
+    state = SWA().apply(Event.TRAINING_START, state)
+    for epoch, weight in enumerate(weights):
+        state = SWA().apply(Event.EPOCH_END, at_epoch_end(state, epoch, weight))
+    final = SWA().apply(Event.TRAINING_END, state, **extras)
+    rows = 9.5 * np.concatenate([np.asarray(b) for b in extras["train_batches"]()])
+    np.testing.assert_allclose(final.batch_stats["mean"], rows.mean(0), rtol=8 * U)
+    np.testing.assert_allclose(final.batch_stats["var"], rows.var(0), rtol=32 * U)
+
+
+@pytest.mark.parametrize("batch_stats", [{}, None])
+def test_a_model_without_statistics_needs_no_data(batch_stats):
+    state = run(SWA(), [1.0] * 10, fresh_state(batch_stats=batch_stats))
+    np.testing.assert_array_equal(state.params["w"], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("missing", ["batch_stats_fn", "train_batches"])
+def test_statistics_that_cannot_be_recomputed_are_an_error(missing):
+    state, extras = network_state()
+    state = SWA().apply(Event.TRAINING_START, state)
+    state = SWA().apply(Event.EPOCH_END, at_epoch_end(state, 9, 3.0))
+    with pytest.raises(ValueError, match=f"{missing} must be a function.*got None"):
+        SWA().apply(Event.TRAINING_END, state, **{**extras, missing: None})
+    final = SWA().apply(Event.TRAINING_END, state, **extras)  # nothing was lost
+    np.testing.assert_array_equal(final.params["w"], [3.0, 3.0])
+
+
+def test_training_that_ended_before_averaging_keeps_its_weights():
+    state = SWA().apply(Event.TRAINING_START, fresh_state())
+    state = at_epoch_end(state, 3, 5.0)
+    with pytest.warns(UserWarning, match="before any model was averaged"):
+        assert SWA().apply(Event.TRAINING_END, state) is state
+
+
+# The logger.
+
+
+def test_logger_receives_the_methods_own_metrics():
+    recipe = SWA(0.5, 2, 0.0, anneal_strategy="linear")
+    state = recipe.apply(Event.TRAINING_START, fresh_state(4, learning_rate=0.5))
+    logged: list[dict[str, float]] = []
+    for epoch, weight in enumerate([0.0, 0.0, 3.0, 6.0]):
+        state = at_epoch_end(state, epoch, weight)
+        state = recipe.apply(Event.EPOCH_END, state, logged.append)
+    assert logged == [
+        {"swa/num_averaged": 1.0, "swa/learning_rate": 0.25, "swa/distance": 0.0},
+        # The mean is 4.5 in both coordinates, the weights are 6.
+        {
+            "swa/num_averaged": 2.0,
+            "swa/learning_rate": 0.0,
+            "swa/distance": pytest.approx(1.5 * math.sqrt(2), rel=4 * U),
+        },
+    ]
+    assert all(type(v) is float for line in logged for v in line.values())
+
+
+# Things a user might do wrong.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"swa_start": 0.0}, ValueError, r"swa_start must be in \(0, 1\), got 0.0"),
+        ({"swa_start": 1.0}, ValueError, "swa_start must be in"),
+        ({"swa_start": 8}, ValueError, 'as in "8ep"'),
+        ({"swa_start": -0.1}, ValueError, "swa_start must be in"),
+        ({"swa_start": math.nan}, ValueError, "swa_start must be in"),
+        ({"swa_start": None}, TypeError, "swa_start must be a fraction"),
+        ({"swa_start": True}, TypeError, "swa_start must be a fraction"),
+        ({"swa_start": "8"}, ValueError, "swa_start must be a time string"),
+        ({"swa_start": "8 epochs"}, ValueError, "swa_start must be a time string"),
+        ({"swa_start": "-1ep"}, ValueError, "swa_start must be a time string"),
+        ({"swa_start": "0ep"}, ValueError, "swa_start must be later"),
+        ({"swa_start": "0.0dur"}, ValueError, "swa_start must be later"),
+        ({"swa_start": "1.5ep"}, ValueError, "whole number of epochs"),
+        ({"swa_start": "1.2dur"}, ValueError, 'at most "1dur"'),
+        ({"anneal_epochs": 0}, ValueError, "anneal_epochs must be at least 1, got 0"),
+        ({"anneal_epochs": -3}, ValueError, "anneal_epochs must be at least 1"),
+        ({"anneal_epochs": 2.5}, TypeError, "anneal_epochs must be an integer"),
+        ({"anneal_epochs": "5ep"}, TypeError, "anneal_epochs must be an integer"),
+        ({"swa_lr": -0.1}, ValueError, "swa_lr must be finite and not negative"),
+        ({"swa_lr": math.inf}, ValueError, "swa_lr must be finite"),
+        ({"swa_lr": "0.1"}, TypeError, "swa_lr must be a learning rate or None"),
+        ({"anneal_strategy": "cosine"}, ValueError, "anneal_strategy must be one of"),
+        ({"anneal_strategy": None}, ValueError, "anneal_strategy must be one of"),
+        ({"swa_end": 0.97}, TypeError, "swa_end must be a time string"),
+        ({"swa_end": "end"}, ValueError, "swa_end must be a time string"),
+        ({"update_interval": 1}, TypeError, "update_interval must be a time string"),
+        ({"update_interval": "0ep"}, ValueError, "at least one epoch or batch"),
+        ({"update_interval": "0.1dur"}, ValueError, "at least one epoch or batch"),
+    ],
+    ids=str,
+)
+def test_refused_hyperparameters(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SWA(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"swa_start": "11ep"},
+        {"swa_start": "31ba", "update_interval": "1ba"},
+        {"swa_start": "8ep", "swa_end": "7ep"},
+        {"swa_start": 0.8, "swa_end": "0.8dur"},  # from the 9th on, until the 8th
+        {"swa_end": "11ep"},
+    ],
+    ids=str,
+)
+def test_an_empty_window_is_found_at_the_start(arguments):
+    recipe = SWA(**arguments)
+    state = fresh_state(steps_per_epoch=3)
+    message = "averaging window is empty"
+    with pytest.raises(ValueError, match=message):
+        recipe.apply(Event.TRAINING_START, state)
+    with pytest.raises(ValueError, match=message):
+        recipe.transform(10, 3)
+    with pytest.raises(ValueError, match=message):
+        recipe.schedule(0.1, 10, 3)
+
+
+@pytest.mark.parametrize("name", ["num_epochs", "steps_per_epoch"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, None, "3"])
+@pytest.mark.parametrize("method", ["transform", "schedule"])
+def test_refused_lengths(name, value, method):
+    arguments = {"num_epochs": 10, "steps_per_epoch": 3, name: value}
+    if method == "schedule":
+        arguments["base"] = 0.1
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        getattr(SWA(), method)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "message"),
+    [
+        (SWA(), {"epoch": 10}, "epochs count from 0"),
+        (SWA(), {"epoch": -1}, "state.epoch must be at least 0"),
+        (SWA(), {"num_epochs": 0}, "num_epochs must be at least 1"),
+        (SWA("500ba"), {"epoch": 9}, "steps_per_epoch is needed.*swa_start='500ba'"),
+        (SWA(update_interval="5ba"), {}, "steps_per_epoch is needed.*'5ba'"),
+    ],
+    ids=str,
+)
+def test_refused_states(recipe, fields, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.match(Event.EPOCH_END, fresh_state(**fields))
+
+
+def test_batches_need_their_count():
+    recipe = SWA(update_interval="5ba")
+    state = fresh_state(steps_per_epoch=10)
+    with pytest.raises(ValueError, match="num_updates is needed"):
+        recipe.match(Event.BATCH_END, state)
+    with pytest.raises(ValueError, match="at most num_epochs"):
+        recipe.match(Event.BATCH_END, state._replace(num_updates=101))
+
+
+def test_epochs_inside_jit_are_refused():
+    with pytest.raises(
+        TypeError, match=r"state.epoch must be an integer known outside"
+    ):
+        jax.jit(lambda e: SWA().match(Event.EPOCH_END, fresh_state(epoch=e)))(3)
+
+
+@pytest.mark.parametrize("event", ["epoch", None, 3])
+def test_unknown_events(event):
+    with pytest.raises(ValueError, match=r"event must be a swa_jax.Event \(TRAINING_"):
+        SWA().match(event, fresh_state())
+
+
+@pytest.mark.parametrize("event", [Event.EPOCH_END, Event.TRAINING_END])
+def test_apply_without_a_start(event):
+    with pytest.raises(ValueError, match="apply that first"):
+        SWA().apply(event, fresh_state(epoch=9))
+
+
+def test_another_model_than_at_the_start_loses_nothing():
+    state = SWA().apply(Event.TRAINING_START, fresh_state(epoch=9))
+    with pytest.raises(ValueError, match="has shape"):
+        SWA().apply(Event.EPOCH_END, state._replace(params={"w": jnp.zeros(3)}))
+    state = SWA().apply(Event.EPOCH_END, state)
+    assert swa_jax.swa_state(state.swa).num_averaged == 1
