@@ -376,7 +376,7 @@ def batch_norm_pass(options: Options) -> Iterator[Line]:
         )
 
     @jax.jit
-    def inference(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> jax.Array:
+    def inference(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> Any:
         variables = {"params": params, "batch_stats": batch_stats}
         return model.apply(variables, batch, train=False)
 

@@ -101,7 +101,7 @@ def swa_schedule(
     ``update_every = S`` and ``anneal_steps = S * anneal_epochs`` this is the closed
     form of ``torch.optim.swa_utils.SWALR`` stepped at each end of an epoch of ``S``
     steps. One difference is deliberate: ``anneal_steps=0`` jumps to ``swa_lr`` at
-    ``start_step``, where PyTorch's rescales the schedule before it.
+    ``start_step``; PyTorch's rescales the schedule before it, and jumps an epoch later.
 
     Args:
       base: learning rate, or schedule, of the phase before.
