@@ -1,0 +1,140 @@
+"""The pages in docs/: their examples run, their tables are true."""
+
+import json
+import pathlib
+import re
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import swa_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def examples(page: str) -> str:
+    """The page's Python, in order; ```python torch blocks are for reading only."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL))
+
+
+def run(page: str) -> dict[str, Any]:
+    """What a page's examples leave behind, run one after the other."""
+    namespace: dict[str, Any] = {}
+    # Users do not forbid rank promotion, as these tests do.
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(examples(page), page, "exec"), namespace)
+    return namespace
+
+
+def test_every_page_with_examples_is_run_here():
+    pages = {page for page in PAGES if examples(page)}
+    assert pages == {
+        "coming-from-pytorch.md",
+        "how-to-choose.md",
+        "published-method.md",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist_and_links_lead_somewhere(page):
+    for name in re.findall(r"swa_jax\.(\w+)", PAGES[page]):
+        assert hasattr(swa_jax, name), f"{page} mentions swa_jax.{name}"
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
+        assert (ROOT / "docs" / target).exists(), f"{page} links to {target}"
+
+
+# published-method.md
+
+
+def test_both_forms_of_the_published_method_agree(capsys):
+    namespace = run("published-method.md")
+    # Chance is 0.1; ten epochs of this network give about 0.9 on these writers.
+    assert 0.85 < namespace["accuracy"] < 1
+    # Both round every update of 150 alike, but compiled in different programs.
+    assert namespace["largest_difference"] < 1e-5
+    assert [line["swa/num_averaged"] for line in namespace["log"]] == [1, 2, 3, 4]
+    assert "test accuracy" in capsys.readouterr().out
+
+
+# coming-from-pytorch.md
+
+ROWS = re.findall(
+    r"^\| (.+?) \| (.*?) ?\| ([\d, ]+) \| `(.+?)` \|$",
+    PAGES["coming-from-pytorch.md"],
+    re.MULTILINE,
+)
+
+
+def test_the_table_of_averaged_models_is_found():
+    assert len(ROWS) == 11
+    implementations = {row[0].split(",")[0] for row in ROWS}
+    assert len(implementations) == 6
+
+
+@pytest.mark.parametrize(("ends", "call"), dict.fromkeys(row[2:] for row in ROWS))
+def test_each_call_averages_the_models_of_its_row(ends, call):
+    """Over 10 epochs of 3 updates, asking after each whether one was averaged."""
+    tx = eval(call, {"swa": swa_jax.swa, "SWA": swa_jax.SWA, "S": 3})
+
+    def update(opt_state: Any, _: Any) -> Any:
+        _, opt_state = tx.update(jnp.zeros(()), opt_state, jnp.zeros(()))
+        return opt_state, opt_state.num_averaged
+
+    _, counts = jax.lax.scan(update, tx.init(jnp.zeros(())), length=30)
+    updates = np.flatnonzero(np.diff(np.asarray(counts), prepend=0)) + 1
+    assert [t / 3 for t in updates] == [int(e) for e in ends.split(",")]
+
+
+def test_side_by_side_loop_averages_what_pytorchs_does():
+    namespace = run("coming-from-pytorch.md")
+    # `epoch > swa_start` for epoch in range(10).
+    assert namespace["num_averaged"] == len(range(namespace["swa_start"] + 1, 10))
+    assert 0.8 < namespace["accuracy"] < 1
+    # Two lines of PyTorch's loop, as recorded from PyTorch itself in test_parity:
+    # multiplicative until swa_start, then two epochs of cosine to 0.05.
+    steps = namespace["S"]
+    rates = [float(namespace["schedule"](epoch * steps)) for epoch in range(10)]
+    lr0 = 0.1 * 0.9**6
+    expected = [0.1 * 0.9**e for e in range(6)] + [lr0, (lr0 + 0.05) / 2, 0.05, 0.05]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+# how-to-choose.md
+
+
+def test_every_choice_trains():
+    results = run("how-to-choose.md")["results"]
+    assert set(results) == {
+        "constant rate",
+        "cyclical rate",
+        "no average",
+        "EMA",
+        "Schedule-Free",
+    }
+    for name, accuracy in results.items():
+        assert 0.85 < accuracy < 1, name
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_measured_figures_are_those_of_the_results(name):
+    """Both pages that quote them, against docs/results."""
+    content = json.loads((ROOT / "docs/results" / name / "results.json").read_text())
+    rows = content["rows"]
+    accuracy = [f"{100 * statistics.fmean(row['accuracy']):.2f}" for row in rows]
+    loss = [f"{statistics.fmean(row['loss']):.4f}" for row in rows]
+    page = PAGES["how-to-choose.md"]
+    assert len(rows) == 4
+    for figures in (accuracy, loss):
+        assert f"| {' | '.join(figures)} |" in page
+    lost = 100 * (
+        statistics.fmean(rows[2]["accuracy"]) - statistics.fmean(rows[3]["accuracy"])
+    )
+    assert f"{lost:.1f}" in page[page.index("## BatchNorm") :]
+    readme = (ROOT / "README.md").read_text()
+    for row in zip(accuracy, loss, strict=True):
+        assert re.search(rf"\| {row[0]} ± .*\| {row[1]} ± ", readme)
