@@ -1,5 +1,7 @@
 """Command line: `python -m experiments NAME [--overrides]`."""
 
+import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +10,7 @@ import tyro
 
 from experiments import configs, data, parallel, processes
 from experiments.compare import train_and_evaluate
+from experiments.errors import StoppedError, StorageError
 from experiments.tune import tune
 
 
@@ -19,6 +22,8 @@ def main(args: Sequence[str] | None = None) -> int:
         description="Train SGD and SWA side by side on real data.",
         args=args,
     )
+    # Libraries announce what they do at every save; what matters is raised.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with processes.job(config.cluster):
             console = rich.console.Console(quiet=not processes.is_main())
@@ -26,9 +31,14 @@ def main(args: Sequence[str] | None = None) -> int:
                 tune(config, console)
             else:
                 train_and_evaluate(config, console)
+    except StoppedError as error:
+        if processes.is_main():
+            print(error, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (
         data.DataUnavailableError,
         parallel.DevicesError,
+        StorageError,
         FloatingPointError,
     ) as error:
         if processes.is_main():

@@ -32,8 +32,8 @@ import rich.table
 import tyro
 
 import swa_jax
-from experiments.report import write_json
-from experiments.resnet import STAGES, ResNet
+from experiments.files import write_json
+from experiments.models import STAGES, ResNet
 
 PyTree = Any
 Action = Callable[[], object]

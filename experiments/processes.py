@@ -1,16 +1,20 @@
 """Jobs of several processes: joining one, leaving it together, and who may write."""
 
 import contextlib
+import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.configs import Cluster
+from experiments.errors import StoppedError, StorageError
 from experiments.parallel import DevicesError
+from experiments.settings import Cluster
 
 
 @contextlib.contextmanager
@@ -28,7 +32,7 @@ def job(cluster: Cluster) -> Iterator[None]:
     _join(cluster)
     try:
         yield
-    except (DevicesError, FloatingPointError):
+    except (DevicesError, FloatingPointError, StorageError, StoppedError):
         raise  # every process finds these, at the same step
     except (Exception, KeyboardInterrupt):
         if jax.process_count() == 1:
@@ -78,3 +82,18 @@ def main_first() -> Iterator[None]:
     finally:  # whether or not it failed: the others wait
         if is_main():
             multihost_utils.sync_global_devices(name)
+
+
+def from_main(read: Callable[[], Any]) -> Any:
+    """What `read` returns in the main process, in all of them.
+
+    Args:
+        read: Returns something that JSON can hold. Called in the main process alone.
+    """
+    if jax.process_count() == 1:
+        return read()
+    text = json.dumps(read()).encode() if is_main() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))

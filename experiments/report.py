@@ -1,224 +1,91 @@
-"""What a job leaves behind: the results table, results.json and the curves."""
+"""Figures and tables of a job, finished or at work: `python -m experiments.report DIR`.
 
-import dataclasses
-import io
-import json
-import os
+Reads metrics.jsonl, and what else the work directory has by now; trains nothing and
+needs no data.
+"""
+
+import argparse
 import pathlib
-import statistics
+import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
 
-import numpy as np
+import rich.console
+import rich.markdown
 import rich.table
 
-from experiments import processes
-from experiments.configs import Config
-from experiments.evaluate import Evaluation
+from experiments.curves import plot_curves
+from experiments.files import write_atomic
+from experiments.landscape import plot_width, read_width
+from experiments.metrics import LogError, ParsedLog, read_log
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of the results: a method, scored with every seed.
+def report(workdir: pathlib.Path, console: rich.console.Console) -> None:
+    """Show where a job is, and draw its figures anew.
 
-    The fields are those of a row in results.json; accuracies are fractions in
-    [0, 1] and losses are in nats.
+    Raises:
+        LogError: The directory has no log.
     """
-
-    method: str  # "sgd" or "swa"
-    swa_epochs: int  # length of the averaging window; 0 for SGD
-    bn_recomputed: bool  # whether the BatchNorm pass ran on the averaged weights
-    accuracy: list[float] = dataclasses.field(default_factory=list)
-    loss: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """The row's name in tables."""
-        if self.method == "sgd":
-            return "SGD"
-        plural = "s" * (self.swa_epochs > 1)
-        suffix = "" if self.bn_recomputed else ", no BatchNorm pass"
-        return f"SWA, last {self.swa_epochs} epoch{plural}{suffix}"
-
-    def add(self, evaluation: Evaluation) -> None:
-        """Append the next seed's scores."""
-        self.accuracy.append(evaluation.accuracy)
-        self.loss.append(evaluation.loss)
+    log = read_log(workdir / "metrics.jsonl")
+    console.print(state_table(log))
+    results = workdir / "results.md"
+    if (workdir / "results.json").is_file() and results.is_file():
+        console.print(rich.markdown.Markdown(results.read_text()))
+    written = ["curves.png"]
+    write_atomic(workdir / "curves.png", plot_curves(log))
+    width = read_width(workdir / "width.json")
+    if width is not None:
+        title = f"Around the solutions on {log.config['name']} (first seed)"
+        write_atomic(workdir / "width.png", plot_width(width, title))
+        written.append("width.png")
+    console.print(f"{' and '.join(written)} written to {workdir}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    """The first seed's history, for the plot; accuracies are fractions."""
-
-    epochs: int
-    swa_epochs: int
-    sgd_rates: np.ndarray  # [total steps]
-    swa_rates: np.ndarray  # [total steps]
-    sgd: list[float]  # test accuracy after each epoch
-    swa_iterates: list[float]  # of the SWA arm's own weights, after each epoch
-    swa_average: list[float]  # of the average, after each epoch of the window
-
-
-def mean_and_std(values: Sequence[float], digits: int) -> str:
-    """Format the mean ± sample standard deviation; one value has only a mean."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def table_cells(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Label, accuracy in percent and loss of each row, as text."""
-    return [
-        (
-            row.label,
-            mean_and_std([100 * value for value in row.accuracy], 2),
-            mean_and_std(row.loss, 4),
+def state_table(log: ParsedLog) -> rich.table.Table:
+    """How far each run is."""
+    table = rich.table.Table(title=f"{log.config['name']}: runs")
+    for title in ("run", "state", "train loss", "test accuracy (%)", "test loss"):
+        table.add_column(
+            title, justify="left" if title in ("run", "state") else "right"
         )
-        for row in rows
-    ]
-
-
-def make_table(config: Config, rows: Sequence[Row]) -> rich.table.Table:
-    """The results as a table for the terminal."""
-    table = rich.table.Table(
-        title=f"{config.name}: test split, {config.epochs} epochs,"
-        f" mean ± sample std of {config.seeds} seed{'s' * (config.seeds > 1)}"
-    )
-    table.add_column("method")
-    table.add_column("accuracy (%)", justify="right", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
-    for cells in table_cells(rows):
-        table.add_row(*cells)
+    for arm in log.arms:
+        for seed in range(log.config["seeds"]):
+            table.add_row(f"{arm['name']} seed {seed}", *_state(log, arm, seed))
     return table
 
 
-def make_markdown(rows: Sequence[Row]) -> str:
-    """The results as a Markdown table."""
-    lines = ["| Method | Test accuracy (%) | Test loss |", "|---|---:|---:|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in table_cells(rows)]
-    return "\n".join(lines) + "\n"
+def _state(log: ParsedLog, arm: dict[str, object], seed: int) -> Sequence[str]:
+    name = str(arm["name"])
+    epochs, tests = log.of("train", name, seed), log.of("test", name, seed)
+    if log.of("finished", name, seed):
+        state = "finished"
+    elif epochs:
+        state = f"epoch {epochs[-1]['epoch']} of {arm['epochs']}"
+    elif log.of("step", name, seed):
+        state = f"epoch {int(str(arm['first_epoch'])) + 1} of {arm['epochs']}"
+    else:
+        return "not begun", "", "", ""
+    loss = f"{epochs[-1]['loss']:.4f}" if epochs else ""
+    # Of an arm that averages, its average, once there is one.
+    tests = [line for line in tests if line["weights"] == "average"] or tests
+    if not tests:
+        return state, loss, "", ""
+    return state, loss, f"{100 * tests[-1]['accuracy']:.2f}", f"{tests[-1]['loss']:.4f}"
 
 
-def config_dict(config: Config) -> dict[str, Any]:
-    """The configuration in JSON's types."""
-    return {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def open_log(config: Config) -> TextIO:
-    """Open metrics.jsonl for writing; in all processes but the main one, nothing."""
-    if not processes.is_main():
-        return open(os.devnull, "w")
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    return (config.workdir / "metrics.jsonl").open("w")
-
-
-def write_atomic(path: pathlib.Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part.
-
-    Of the processes of a job, only the main one writes.
-    """
-    if not processes.is_main():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    os.replace(draft, path)
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_report(config: Config, rows: Sequence[Row], curves: Curves) -> None:
-    """Write results.json, results.md and curves.png into the work directory."""
-    results = {
-        "config": config_dict(config),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    write_json(config.workdir / "results.json", results)
-    write_atomic(config.workdir / "results.md", make_markdown(rows).encode())
-    write_atomic(config.workdir / "curves.png", plot_curves(config, curves))
-
-
-def plot_curves(config: Config, curves: Curves) -> bytes:
-    """Draw both arms' learning rates and test accuracies; return a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 6.0), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    grey, blue, orange = "#6b7280", "#1f77b4", "#d9480f"
-    window_start = curves.epochs - curves.swa_epochs
-
-    steps = len(curves.sgd_rates) / curves.epochs
-    position = np.arange(len(curves.sgd_rates)) / steps
-    top.plot(position, curves.sgd_rates, color=blue)
-    top.plot(position, curves.swa_rates, color=orange)
-    top.set_ylabel("learning rate")
-    top.set_ylim(bottom=0)
-
-    epochs = np.arange(1, curves.epochs + 1)
-    averaged = epochs[window_start:]
-    bottom.plot(
-        epochs,
-        100 * np.array(curves.swa_iterates),
-        color=grey,
-        linewidth=1,
-        label="SWA's iterates",
+def main(args: Sequence[str] | None = None) -> int:
+    """Report on the work directory that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description="Show where a job is, and draw its figures anew.",
     )
-    bottom.plot(epochs, 100 * np.array(curves.sgd), color=blue, label="SGD, cosine")
-    bottom.plot(
-        averaged,
-        100 * np.array(curves.swa_average),
-        color=orange,
-        marker="o",
-        markersize=3.5,
-        label="SWA: their average so far",
-    )
-    bottom.set_ylabel("test accuracy (%)")
-    bottom.set_xlabel("epoch")
-    bottom.set_xlim(0, curves.epochs)
-    bottom.set_ylim(*_accuracy_limits(curves))
-    # Between the panels, where no curve can run into it.
-    bottom.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    for axes in (top, bottom):
-        axes.axvspan(window_start, curves.epochs, color=orange, alpha=0.07, lw=0)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    top.annotate(
-        "averaging",
-        ((window_start + curves.epochs) / 2, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        color=orange,
-    )
-    figure.suptitle(f"SGD and SWA on {config.name} (first seed)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    parser.add_argument("workdir", type=pathlib.Path, help="of the job to look at")
+    try:
+        report(parser.parse_args(args).workdir, rich.console.Console())
+    except (LogError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _accuracy_limits(curves: Curves) -> tuple[float, float]:
-    """Percent limits that show the end of training, not the climb from 10 %.
-
-    Weights at a high learning rate are now and then far off; a fifth of the later
-    epochs may leave the plot.
-    """
-    late = slice(curves.epochs // 4, None)
-    low = min(
-        *curves.swa_average,
-        float(np.quantile(curves.sgd[late], 0.2)),
-        float(np.quantile(curves.swa_iterates[late], 0.2)),
-    )
-    best = max(*curves.sgd, *curves.swa_average, *curves.swa_iterates)
-    margin = 0.1 * max(best - low, 0.005)
-    return max(0.0, 100 * (low - margin)), min(100.0, 100 * (best + margin))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Training: the optimizers of both arms, the compiled step, and the loop around it."""
+"""Training: the optimizer of an arm, the compiled step, and the loop around it."""
 
 import dataclasses
 import functools
@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import swa_jax
-from experiments import data, parallel
-from experiments.builders import Examples
-from experiments.configs import Config
-from experiments.models import ConvNet
+from experiments import data, losses, parallel, plans
+from experiments.networks import make_model
+from experiments.plans import Arm
+from experiments.settings import Config
 
 PyTree = Any
 
@@ -24,25 +25,35 @@ class TrainState(NamedTuple):
     """All that a training step carries on."""
 
     params: PyTree
-    batch_stats: PyTree  # running statistics of BatchNorm
+    batch_stats: PyTree  # running statistics of BatchNorm; empty without it
     opt_state: optax.OptState
+    key: jax.Array  # [2] uint32, PRNG key of dropout
 
 
 class Metrics(NamedTuple):
     """What a training step measures, before its update."""
 
-    loss: jax.Array  # [] float32, mean cross-entropy of the batch
-    accuracy: jax.Array  # [] float32, fraction of the batch classified correctly
+    loss: jax.Array  # [] float32, mean loss of the batch
+    accuracy: jax.Array  # [] float32, fraction of the batch's labels found
 
 
 class EpochReport(NamedTuple):
     """Means over one training epoch."""
 
     epoch: int  # 1-based
+    step: int  # number of its last step, in the arm
     loss: float
     accuracy: float
     learning_rate: float  # of the epoch's last step
     examples_per_second: float  # leaves out compilation and evaluation
+
+
+class Snapshot(NamedTuple):
+    """A run between two steps: all that is needed to go on as if never stopped."""
+
+    step: int  # steps done
+    state: TrainState  # on the host, or on this process's first device
+    metrics: list[tuple[float, float]]  # loss and accuracy of this epoch's steps so far
 
 
 StepFn = Callable[[TrainState, data.Batch], tuple[TrainState, Metrics]]
@@ -63,72 +74,72 @@ class Hooks:
         It is on this process's first device, whatever the strategy.
         """
 
+    def saves_after(self, step: int) -> bool:
+        """Whether `on_snapshot` wants to see the run as it is after `step`."""
+        return False
+
+    def on_snapshot(self, snapshot: Snapshot) -> None:
+        """Save a run; its arrays are the caller's own."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """One side of the comparison, compiled once and run with every seed."""
+class CompiledArm:
+    """An arm, compiled once and run with every seed."""
 
-    swa_epochs: int  # 0: plain SGD
+    arm: Arm
     steps_per_epoch: int
     learning_rates: np.ndarray  # [total steps] float32
     strategy: parallel.Strategy
-    init: Callable[[jax.Array], TrainState]  # from a PRNG key; placed on all devices
+    # From a PRNG key, or from the state that another arm ended with; not placed yet.
+    init: Callable[..., TrainState]
     step: StepFn  # compiled; donates the state
 
     @property
-    def name(self) -> str:
-        """A short label for logs."""
-        return f"swa{self.swa_epochs}" if self.swa_epochs else "sgd"
-
-
-def make_model(config: Config, axis_name: str | None = None) -> ConvNet:
-    """The experiment's network; `axis_name` synchronises its BatchNorm."""
-    return ConvNet(config.widths, config.strides, config.pixel_max, axis_name=axis_name)
-
-
-def make_schedule(config: Config, steps: int, swa_epochs: int) -> optax.Schedule:
-    """Cosine to 0 for SGD; for SWA, cosine to `swa_lr`, constant while averaging.
-
-    Args:
-        config: Gives the rates and the total number of epochs.
-        steps: Steps per epoch.
-        swa_epochs: Length of the averaging window; 0 for SGD.
-    """
-    if swa_epochs == 0:
-        return optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps)
-    return swa_jax.cosine_to_constant_schedule(
-        config.learning_rate,
-        config.swa_lr,
-        decay_steps=(config.epochs - swa_epochs) * steps,
-    )
+    def steps(self) -> int:
+        """Steps of a whole run."""
+        return (self.arm.epochs - self.arm.first_epoch) * self.steps_per_epoch
 
 
 def make_optimizer(
-    config: Config, steps: int, swa_epochs: int
+    config: Config, arm: Arm, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum and weight decay; for SWA, averaging as the last link.
+    """The arm's optimizer; where it averages, averaging is the last link.
 
-    Update number t, counted from 1, ends epoch t / steps, so the window's first
-    sample, the end of epoch `epochs - swa_epochs + 1`, is that epoch times `steps`.
+    Update number t, counted from 1, ends the arm's epoch t / steps, so its first sample
+    is the first averaged epoch's number, counted from the arm's own start, times
+    `steps`.
     """
-    links = [
+
+    def decayed(params: PyTree) -> PyTree:
         # Normalisation makes scales and biases not worth decaying.
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-        optax.sgd(make_schedule(config, steps, swa_epochs), momentum=config.momentum),
-    ]
-    if swa_epochs:
-        first = config.epochs - swa_epochs + 1
+        return jax.tree.map(lambda p: config.decay_all or p.ndim > 1, params)
+
+    schedule = arm.schedule(steps)
+    if config.optimizer == "adamw":
+        links = [
+            optax.adamw(
+                schedule,
+                b1=config.momentum,
+                weight_decay=config.weight_decay,
+                mask=decayed,
+            )
+        ]
+    else:
+        links = [
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.sgd(schedule, momentum=config.momentum),
+        ]
+    if arm.averages_from is not None:
+        first = arm.averages_from - arm.first_epoch
         links.append(swa_jax.swa(start_step=first * steps, period=steps))
     return optax.chain(*links)
 
 
 def make_train_step(
-    model: ConvNet,
+    model: nn.Module,
     optimizer: optax.GradientTransformationExtraArgs,
     axis_name: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> StepFn:
     """Build the pure function (state, batch) -> (state, metrics); not yet compiled.
 
@@ -137,20 +148,31 @@ def make_train_step(
         optimizer: Gets the mean of all devices' gradients.
         axis_name: Mapped axis of the devices, each with an equal part of the batch.
             None: the step sees the whole batch.
+        label_smoothing: Share of each target spread evenly over all classes.
     """
+    drops = bool(getattr(model, "dropout", 0))
+
+    def dropout_keys(key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if not drops:
+            return key, {}
+        key, dropout = jax.random.split(jax.random.wrap_key_data(key))
+        if axis_name is not None:  # devices drop independently of each other
+            dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis_name))
+        return jax.random.key_data(key), {"dropout": dropout}
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, Metrics]:
+        key, rngs = dropout_keys(state.key)
+
         def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
-                batch["images"],
+                losses.mixed_inputs(batch),
                 train=True,
                 mutable=["batch_stats"],
+                rngs=rngs,
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch["labels"]
-            )
-            return jnp.mean(losses), (logits, updated["batch_stats"])
+            loss = losses.mean_loss(logits, batch, label_smoothing)
+            return loss, (logits, updated.get("batch_stats", {}))
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(
             loss_fn, has_aux=True
@@ -160,125 +182,182 @@ def make_train_step(
         grads, metrics = parallel.mean_over((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), metrics
+        return TrainState(params, batch_stats, opt_state, key), metrics
 
     return train_step
 
 
 # Apart from the optimizer's, so that all arms share one compilation.
-@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
+@functools.partial(jax.jit, static_argnames=("model", "input_shape", "input_dtype"))
 def _init_variables(
-    model: ConvNet, key: jax.Array, image_shape: tuple[int, ...]
+    model: nn.Module, key: jax.Array, input_shape: tuple[int, ...], input_dtype: Any
 ) -> PyTree:
-    return model.init(key, jnp.zeros((1, *image_shape), jnp.uint8), train=False)
+    return model.init(key, jnp.zeros((1, *input_shape), input_dtype), train=False)
 
 
-def make_arm(config: Config, examples: Examples, swa_epochs: int) -> Arm:
-    """Assemble and jit one arm; `examples` gives the shapes and the epoch length.
+def compile_arm(config: Config, arm: Arm, split: data.Split) -> CompiledArm:
+    """Assemble and jit an arm; `split` gives the shapes and the epoch length.
 
     Raises:
         DevicesError: The settings do not fit this job's devices.
     """
     strategy = parallel.make_strategy(config.parallel, config.batch_size)
-    model = make_model(config)
-    steps = data.steps_per_epoch(len(examples.labels), config.batch_size)
-    optimizer = make_optimizer(config, steps, swa_epochs)
-    schedule = make_schedule(config, steps, swa_epochs)
-    rates = jax.jit(jax.vmap(schedule))(jnp.arange(config.epochs * steps))
+    model = make_model(config, split)
+    steps = data.steps_per_epoch(split.num_examples, config.batch_size)
+    optimizer = make_optimizer(config, arm, steps)
     # Compiled, so that the optimizer's counters are committed like the parameters.
     init_optimizer = jax.jit(optimizer.init)
 
-    def init(key: jax.Array) -> TrainState:
-        variables = _init_variables(model, key, examples.images.shape[1:])
-        params = variables["params"]
-        state = TrainState(params, variables["batch_stats"], init_optimizer(params))
-        return strategy.place_state(state)
+    def init(key: jax.Array, start: TrainState | None = None) -> TrainState:
+        if start is None:
+            variables = _init_variables(
+                model, key, split.input_shape, np.dtype(split.input_dtype)
+            )
+            params, batch_stats = variables["params"], variables.get("batch_stats", {})
+            dropout_key = jax.random.key_data(jax.random.fold_in(key, 1))
+        else:
+            params, batch_stats, dropout_key = jax.tree.map(
+                jnp.array, (start.params, start.batch_stats, start.key)
+            )
+        opt_state = init_optimizer(params)
+        return TrainState(params, batch_stats, opt_state, dropout_key)
 
-    axis_name = strategy.axis_name
-    step = make_train_step(make_model(config, axis_name), optimizer, axis_name)
-    return Arm(
-        swa_epochs, steps, np.asarray(rates), strategy, init, strategy.compile(step)
+    step = make_train_step(
+        make_model(config, split, strategy.axis_name),
+        optimizer,
+        strategy.axis_name,
+        config.label_smoothing,
     )
+    rates = plans.learning_rates(arm, steps)
+    return CompiledArm(arm, steps, rates, strategy, init, strategy.compile(step))
 
 
 class _Meter:
     """Turns the metrics of steps, in order, into reports of epochs."""
 
-    def __init__(self, arm: Arm, config: Config, hooks: Hooks) -> None:
-        self._arm, self._config, self._hooks = arm, config, hooks
-        self._metrics: list[Metrics] = []
+    def __init__(
+        self,
+        compiled: CompiledArm,
+        config: Config,
+        hooks: Hooks,
+        metrics: list[tuple[float, float]],
+    ) -> None:
+        self._compiled, self._config, self._hooks = compiled, config, hooks
+        self.metrics = list(metrics)  # of this epoch
+        self._pending: tuple[int, Metrics] | None = None
         self._seconds = 0.0
         self._steps_timed = 0
 
-    def add_time(self, seconds: float) -> None:
-        self._seconds += seconds
-        self._steps_timed += 1
+    def swap(self, step: int, metrics: Metrics, clock: float) -> None:
+        """Take a step's metrics; wait for those of the step before."""
+        timed = self._pending is not None
+        self.flush()
+        if timed:
+            self._seconds += time.perf_counter() - clock
+            self._steps_timed += 1
+        self._pending = step, metrics
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def flush(self) -> None:
+        """Wait for the metrics taken last."""
+        if self._pending is not None:
+            self._add(*self._pending)
+            self._pending = None
+
+    def _add(self, step: int, metrics: Metrics) -> None:
         metrics = jax.device_get(metrics)
-        rate = float(self._arm.learning_rates[step - 1])
-        epoch = -(-step // self._arm.steps_per_epoch)
+        compiled = self._compiled
+        rate = float(compiled.learning_rates[step - 1])
+        epoch = compiled.arm.first_epoch + -(-step // compiled.steps_per_epoch)
         if not np.isfinite(metrics.loss):
-            raise FloatingPointError(
-                f"loss is {metrics.loss} at step {step} (epoch {epoch} of"
-                f" {self._config.epochs}, arm {self._arm.name}, learning rate"
-                f" {rate:g}); lower --learning-rate or --swa-lr."
-            )
-        self._metrics.append(metrics)
+            raise not_finite(f"loss is {metrics.loss}", compiled, self._config, step)
+        self.metrics.append((float(metrics.loss), float(metrics.accuracy)))
         self._hooks.on_step(step, float(metrics.loss), rate)
-        if step % self._arm.steps_per_epoch == 0:
-            self._report(epoch, rate)
+        if step % compiled.steps_per_epoch == 0:
+            self._report(epoch, step, rate)
 
-    def _report(self, epoch: int, rate: float) -> None:
-        loss = np.mean([m.loss for m in self._metrics], dtype=np.float64)
-        accuracy = np.mean([m.accuracy for m in self._metrics], dtype=np.float64)
+    def _report(self, epoch: int, step: int, rate: float) -> None:
+        loss, accuracy = np.mean(np.array(self.metrics, np.float64), axis=0).tolist()
         speed = self._steps_timed * self._config.batch_size / max(self._seconds, 1e-9)
-        self._hooks.on_report(
-            EpochReport(epoch, float(loss), float(accuracy), rate, speed)
-        )
-        self._metrics, self._seconds, self._steps_timed = [], 0.0, 0
+        self._hooks.on_report(EpochReport(epoch, step, loss, accuracy, rate, speed))
+        self.metrics, self._seconds, self._steps_timed = [], 0.0, 0
+
+
+def not_finite(
+    what: str, compiled: CompiledArm, config: Config, step: int
+) -> FloatingPointError:
+    """The error of a run that left the numbers behind; it names step and rate."""
+    arm = compiled.arm
+    epoch = arm.first_epoch + -(-step // compiled.steps_per_epoch)
+    return FloatingPointError(
+        f"{what} at step {step} (epoch {epoch} of {arm.epochs}, arm {arm.name},"
+        f" learning rate {compiled.learning_rates[step - 1]:g}); lower --learning-rate"
+        " or --swa-lr."
+    )
 
 
 def train(
     config: Config,
-    arm: Arm,
+    compiled: CompiledArm,
     seed: int,
-    examples: Examples,
+    split: data.Split,
     hooks: Hooks | None = None,
+    *,
+    start: TrainState | None = None,
+    resume: Snapshot | None = None,
 ) -> TrainState:
-    """Train one network from scratch.
+    """Train one network.
 
     Args:
         config: The experiment.
-        arm: From `make_arm`.
+        compiled: From `compile_arm`.
         seed: Decides the initial weights and the order of the data.
-        examples: The train split.
+        split: The train split.
         hooks: Called on the way.
+        start: What the arm's parent ended with. None: weights drawn from `seed`.
+        resume: Where the same run stopped; the rest is then done as it would have been.
 
     Returns:
         The final state, on this process's first device.
 
     Raises:
-        FloatingPointError: A loss is NaN or infinite; the message names the step.
+        FloatingPointError: A loss, or a weight to be saved, is NaN or infinite; the
+            message names the step.
     """
     hooks = hooks or Hooks()
-    state = arm.init(jax.random.key(seed))
-    meter = _Meter(arm, config, hooks)
-    pending: tuple[int, Metrics] | None = None
+    arm, strategy, steps = compiled.arm, compiled.strategy, compiled.steps_per_epoch
+    if resume is None:
+        done, state = 0, compiled.init(jax.random.key(seed), start)
+    else:
+        done, state = resume.step, jax.tree.map(jnp.array, resume.state)
+    state = strategy.place_state(state)
+    meter = _Meter(compiled, config, hooks, resume.metrics if resume else [])
     clock = time.perf_counter()
-    share = data.Share(jax.process_index(), jax.process_count())
-    batches = data.train_batches(examples, config, seed, share)
-    for step, batch in enumerate(batches, start=1):
-        state, metrics = arm.step(state, arm.strategy.place_batch(batch))
-        if pending is not None:
-            # Waits for the previous step only: this one keeps the device busy.
-            meter.add(*pending)
-            meter.add_time(time.perf_counter() - clock)
-        pending = step, metrics
-        if step % arm.steps_per_epoch == 0:
-            here = arm.strategy.fetch(state)
-            hooks.on_epoch_end(step // arm.steps_per_epoch, here)
+    batches = data.train_batches(
+        split,
+        config,
+        seed,
+        data.Share(jax.process_index(), jax.process_count()),
+        first_step=arm.first_epoch * steps + done,
+        last_step=arm.epochs * steps,
+    )
+    for step, batch in enumerate(batches, start=done + 1):
+        state, metrics = compiled.step(state, strategy.place_batch(batch))
+        # Waits for the previous step only: this one keeps the device busy.
+        meter.swap(step, metrics, clock)
+        if step % steps == 0:
+            here = strategy.fetch(state)
+            hooks.on_epoch_end(arm.first_epoch + step // steps, here)
+        if hooks.saves_after(step):
+            meter.flush()
+            # Copied: the next step overwrites the buffers.
+            here = jax.tree.map(np.array, jax.device_get(strategy.fetch(state)))
+            if not _all_finite(here.params):
+                raise not_finite("a weight is not finite", compiled, config, step)
+            hooks.on_snapshot(Snapshot(step, here, meter.metrics))
         clock = time.perf_counter()
-    if pending is not None:
-        meter.add(*pending)
-    return arm.strategy.fetch(state)
+    meter.flush()
+    return strategy.fetch(state)
+
+
+def _all_finite(tree: PyTree) -> bool:
+    return all(bool(np.all(np.isfinite(leaf))) for leaf in jax.tree.leaves(tree))

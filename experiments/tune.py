@@ -1,4 +1,4 @@
-"""Choosing the learning rates of both arms on the validation split."""
+"""Choosing the learning rates of all arms on the validation split."""
 
 import dataclasses
 import math
@@ -6,35 +6,47 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import rich.console
 import rich.table
 
-from experiments import data
-from experiments.builders import Examples
-from experiments.configs import Config
+from experiments import data, plans
 from experiments.evaluate import Evaluation, averaged_network, evaluate
-from experiments.report import config_dict, mean_and_std, write_json
-from experiments.train import make_arm, make_model, train
+from experiments.files import write_json
+from experiments.networks import make_model
+from experiments.plans import Arm
+from experiments.results import config_dict, mean_and_std
+from experiments.settings import Config
+from experiments.train import Hooks, TrainState, compile_arm, train
 
 # A grid whose best value is at an edge grows, this often at most.
 MAX_EXTENSIONS = 4
+DIVERGED = Evaluation(0.0, math.inf)  # never the best
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One cell of a tuning grid: settings, scored with several seeds."""
+    """One cell of a tuning grid: a line of the results, scored with several seeds."""
 
-    swa_epochs: int  # 0: the SGD arm
+    label: str  # of the line
+    arm: str
     learning_rate: float
     weight_decay: float
-    swa_lr: float | None  # None for the SGD arm
+    swa_lr: float | None  # None where the arm does not use it
+    control_lr: float | None
     accuracy: tuple[float, ...]  # on the validation split, one per seed; fractions
     loss: tuple[float, ...]
 
-    @property
-    def merit(self) -> tuple[float, float]:
-        """Sort key: mean accuracy, then minus the mean loss."""
-        return statistics.fmean(self.accuracy), -statistics.fmean(self.loss)
+
+Merit = tuple[float, float]  # larger is better
+
+
+def merit(config: Config, trials: Sequence[Trial]) -> Merit:
+    """Sort key: mean accuracy, then minus the mean loss; for text minus the loss."""
+    accuracy = statistics.fmean(statistics.fmean(t.accuracy) for t in trials)
+    loss = statistics.fmean(statistics.fmean(t.loss) for t in trials)
+    return (-loss, accuracy) if config.dataset == "shakespeare" else (accuracy, -loss)
 
 
 def search_grid(
@@ -60,27 +72,86 @@ def search_grid(
     return max(merits, key=merits.__getitem__)
 
 
-def _run_trial(
-    config: Config, splits: dict[str, Examples], swa_epochs: int
-) -> tuple[Evaluation, ...]:
-    model = make_model(config)
-    arm = make_arm(config, splits["train"], swa_epochs)
-    batches = data.eval_batches(splits["validation"], config.eval_batch_size)
-    images = data.image_batches(splits["train"], config.eval_batch_size)
-    scores = []
+class _Validator(Hooks):
+    """Scores an arm's readouts on the validation split."""
+
+    def __init__(self, config: Config, arm: Arm, splits: dict[str, data.Split]) -> None:
+        self._arm = arm
+        self._model = make_model(config, splits["train"])
+        size = config.eval_batch_size
+        self._batches = data.eval_batches(splits["validation"], size)
+        self._inputs = data.input_batches(splits["train"], size)
+        self.scores: dict[str, Evaluation] = {}
+
+    def on_epoch_end(self, epoch: int, state: TrainState) -> None:
+        for label, method, at, weights in self._arm.readouts:
+            if at != epoch or weights != _tuned_weights(self._arm):
+                continue
+            network = (
+                averaged_network(self._model, state, self._inputs)
+                if method == "swa"
+                else (state.params, state.batch_stats)
+            )
+            self.scores[label] = evaluate(self._model, *network, self._batches)
+
+
+def _tuned_weights(arm: Arm) -> plans.Weights:
+    return "iterate" if arm.averages_from is None else "average"
+
+
+# Final states of arms, by (arm, learning rate, weight decay, seed); on the host.
+_Parents = dict[tuple[str, float, float, int], TrainState]
+
+
+def _run_trials(
+    config: Config, splits: dict[str, data.Split], name: str, parents: _Parents
+) -> list[Trial]:
+    """Train an arm with every tuning seed, its parent first where that is new."""
+    arms = {arm.name: arm for arm in plans.make_arms(config)}
+    arm, train_split = arms[name], splits["train"]
+    compiled = compile_arm(config, arm, train_split)
+    labels = [r.label for r in arm.readouts if r.weights == _tuned_weights(arm)]
+    scores: dict[str, list[Evaluation]] = {label: [] for label in labels}
     for seed in range(config.tune_seeds):
+        validator = _Validator(config, arm, splits)
         try:
-            state = train(config, arm, seed, splits["train"])
+            start = _parent_state(config, arms, arm, seed, splits, parents)
+            train(config, compiled, seed, train_split, validator, start=start)
         except FloatingPointError:
-            scores.append(Evaluation(0.0, math.inf))  # diverged: never the best
-            continue
-        network = (
-            averaged_network(model, state, images)
-            if swa_epochs
-            else (state.params, state.batch_stats)
+            validator.scores = dict.fromkeys(labels, DIVERGED)
+        for label in labels:
+            scores[label].append(validator.scores[label])
+    return [
+        Trial(
+            label,
+            name,
+            config.learning_rate,
+            config.weight_decay,
+            config.swa_lr if arm.averages_from is not None else None,
+            config.control_lr if name == "control" else None,
+            tuple(score.accuracy for score in scores[label]),
+            tuple(score.loss for score in scores[label]),
         )
-        scores.append(evaluate(model, *network, batches))
-    return tuple(scores)
+        for label in labels
+    ]
+
+
+def _parent_state(
+    config: Config,
+    arms: dict[str, Arm],
+    arm: Arm,
+    seed: int,
+    splits: dict[str, data.Split],
+    parents: _Parents,
+) -> TrainState | None:
+    if arm.parent is None:
+        return None
+    key = arm.parent, config.learning_rate, config.weight_decay, seed
+    if key not in parents:
+        compiled = compile_arm(config, arms[arm.parent], splits["train"])
+        state = train(config, compiled, seed, splits["train"])
+        parents[key] = jax.tree.map(np.array, jax.device_get(state))
+    return parents[key]
 
 
 class _Tuner:
@@ -89,95 +160,99 @@ class _Tuner:
     def __init__(
         self,
         config: Config,
-        splits: dict[str, Examples],
+        splits: dict[str, data.Split],
         console: rich.console.Console,
     ) -> None:
         self._config, self._splits, self._console = config, splits, console
+        self._parents: _Parents = {}
         self.trials: list[Trial] = []
+        arms = plans.make_arms(config)
+        self._plain = [
+            arm.name for arm in arms if arm.averages_from is None and arm.parent is None
+        ][-1]  # with the whole budget
+        self._averaging = [arm.name for arm in arms if arm.averages_from is not None]
 
-    def run(self, swa_epochs: int, **overrides: float) -> Trial:
+    def run(self, names: Sequence[str], **overrides: float) -> Merit:
+        """Train these arms with some settings changed; return their mean merit."""
         config = dataclasses.replace(self._config, **overrides)  # type: ignore[arg-type]
-        scores = _run_trial(config, self._splits, swa_epochs)
-        trial = Trial(
-            swa_epochs,
-            config.learning_rate,
-            config.weight_decay,
-            config.swa_lr if swa_epochs else None,
-            tuple(score.accuracy for score in scores),
-            tuple(score.loss for score in scores),
-        )
-        self._console.print(" ".join(_cells(trial)))
-        self.trials.append(trial)
-        return trial
+        trials = []
+        for name in names:
+            trials += _run_trials(config, self._splits, name, self._parents)
+        for trial in trials:
+            self._console.print("  ".join(filter(None, _cells(trial))))
+        self.trials += trials
+        return merit(config, trials)
 
-    def sgd(self) -> Trial:
+    def plain(self) -> dict[str, float]:
         """Search weight decays and, for each, peak learning rates."""
+        merits: dict[tuple[float, float], Merit] = {}
 
-        def best_merit(weight_decay: float) -> tuple[float, float]:
-            def merit(rate: float) -> tuple[float, float]:
-                trial = self.run(0, learning_rate=rate, weight_decay=weight_decay)
-                return trial.merit
+        def best_merit(weight_decay: float) -> Merit:
+            def rate_merit(rate: float) -> Merit:
+                found = self.run(
+                    [self._plain], learning_rate=rate, weight_decay=weight_decay
+                )
+                merits[rate, weight_decay] = found
+                return found
 
-            search_grid(self._config.tune_learning_rates, merit, factor=2)
-            return max(
-                trial.merit
-                for trial in self.trials
-                if trial.weight_decay == weight_decay
-            )
+            search_grid(self._config.tune_learning_rates, rate_merit, factor=2)
+            return max(m for (_, decay), m in merits.items() if decay == weight_decay)
 
         search_grid(self._config.tune_weight_decays, best_merit, factor=4)
-        return max(self.trials, key=lambda trial: trial.merit)
+        rate, decay = max(merits, key=merits.__getitem__)
+        return {"learning_rate": rate, "weight_decay": decay}
 
-    def swa(self, best: Trial) -> float:
-        """Best constant rate, over all windows, with the SGD arm's best settings."""
+    def swa(self, best: dict[str, float]) -> float:
+        """Best constant rate, over all windows, with the plain arm's best settings."""
+        return search_grid(
+            self._config.tune_swa_lrs,
+            lambda rate: self.run(self._averaging, **best, swa_lr=rate),
+            factor=2,
+        )
 
-        def merit(swa_lr: float) -> float:
-            trials = [
-                self.run(
-                    window,
-                    learning_rate=best.learning_rate,
-                    weight_decay=best.weight_decay,
-                    swa_lr=swa_lr,
-                )
-                for window in self._config.swa_epochs
-            ]
-            return statistics.fmean(trial.merit[0] for trial in trials)
-
-        return search_grid(self._config.tune_swa_lrs, merit, factor=2)
+    def control(self, best: dict[str, float]) -> float:
+        """Best rate of training on without averaging."""
+        return search_grid(
+            self._config.tune_control_lrs,
+            lambda rate: self.run(["control"], **best, control_lr=rate),
+            factor=math.sqrt(10),
+        )
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
     return (
-        f"swa{trial.swa_epochs}" if trial.swa_epochs else "sgd",
+        trial.label,
         f"{trial.learning_rate:g}",
         f"{trial.weight_decay:g}",
         "" if trial.swa_lr is None else f"{trial.swa_lr:g}",
+        "" if trial.control_lr is None else f"{trial.control_lr:.3g}",
         mean_and_std([100 * value for value in trial.accuracy], 2),
         mean_and_std(trial.loss, 4),
     )
 
 
 def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
-    """Tune both arms on the validation split; write tuning.json.
+    """Tune all arms on the validation split; write tuning.json.
 
-    First SGD's peak learning rate with each weight decay, then SWA's constant rate.
-    Peak rate and weight decay are the baseline's best ones in both arms: SWA gets
-    one setting of its own, the baseline two. The test split is never read.
+    First the plain arm's peak learning rate with each weight decay, at the whole
+    budget, then SWA's constant rate, then the control's. Peak rate and weight decay are
+    the plain arm's best ones in every arm: SWA and control get one setting of their
+    own, plain training two. The test split is never read.
 
     Returns:
-        The chosen learning_rate, weight_decay and swa_lr.
+        The chosen learning_rate, weight_decay, swa_lr and, when fine-tuning,
+        control_lr.
     """
     splits = data.load_splits(config, ("train", "validation"))
     tuner = _Tuner(config, splits, console)
-    best = tuner.sgd()
-    chosen = {
-        "learning_rate": best.learning_rate,
-        "weight_decay": best.weight_decay,
-        "swa_lr": tuner.swa(best),
-    }
+    best = tuner.plain()
+    chosen = {**best, "swa_lr": tuner.swa(best)}
+    if config.protocol == "fine_tune":
+        chosen["control_lr"] = tuner.control(best)
     table = rich.table.Table(title=f"{config.name}: validation split")
-    for title in ("arm", "lr", "weight decay", "swa_lr", "accuracy (%)", "loss"):
-        table.add_column(title, justify="right")
+    titles = "", "lr", "weight decay", "swa_lr", "control_lr", "accuracy (%)", "loss"
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
     for trial in tuner.trials:
         table.add_row(*_cells(trial))
     console.print(table)

@@ -169,7 +169,7 @@ def _params(shapes: Shapes, dtype: Any, where: Layout) -> dict[str, Any]:
 
 def compile_training(devices: Devices) -> Report:
     """ResNet-50's training step with SWA, data parallel, 256 images in bfloat16."""
-    from experiments.resnet import STAGES, ResNet
+    from experiments.models import STAGES, ResNet
 
     mesh = mesh_of(devices)
     everywhere = replicated(mesh)

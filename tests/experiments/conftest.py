@@ -8,6 +8,7 @@ import pytest
 
 from experiments import configs
 from experiments.builders import Examples
+from experiments.data import MemorySplit
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,7 @@ def tiny_model(data_dir: pathlib.Path) -> configs.Config:
         tune_learning_rates=(0.1,),
         tune_weight_decays=(5e-4,),
         tune_swa_lrs=(0.1,),
+        width_plot=False,
     )
 
 
@@ -46,9 +48,18 @@ def tiny(tiny_model: configs.Config, tmp_path: pathlib.Path) -> configs.Config:
     return dataclasses.replace(tiny_model, workdir=tmp_path / "run")
 
 
+@pytest.fixture
+def tiny_fine_tune(tiny: configs.Config) -> configs.Config:
+    """The same, with arms that start from a converged baseline: 4 epochs and 1, 3."""
+    return dataclasses.replace(
+        tiny, protocol="fine_tune", control_lr=0.01, tune_control_lrs=(0.01,)
+    )
+
+
 @pytest.fixture(scope="session")
-def examples() -> Examples:
+def split() -> MemorySplit:
     """Twenty random images, whose labels a network can learn by heart."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 17, (20, 8, 8, 1), dtype=np.uint8)
-    return Examples(images, rng.integers(0, 10, 20, dtype=np.int32))
+    labels = rng.integers(0, 10, 20, dtype=np.int32)
+    return MemorySplit(Examples(images, labels), num_classes=10)

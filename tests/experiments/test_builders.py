@@ -48,11 +48,11 @@ def test_digits_splits_hold_every_image_once(tiny):
     splits = data.load_splits(config, ("train", "validation", "test"))
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     got = as_sorted_rows(
-        np.concatenate([split.images for split in splits.values()]),
-        np.concatenate([split.labels for split in splits.values()]),
+        np.concatenate([split.examples.inputs for split in splits.values()]),
+        np.concatenate([split.examples.labels for split in splits.values()]),
     )
     np.testing.assert_array_equal(got, as_sorted_rows(images, labels))
-    sizes = {name: len(split.labels) for name, split in splits.items()}
+    sizes = {name: split.num_examples for name, split in splits.items()}
     assert sizes == {"train": 896, "validation": 300, "test": 601}
 
 
@@ -63,7 +63,7 @@ def test_digits_splits_are_stratified(tiny):
     totals = np.bincount(labels)
     shares = {"train": 1 / 2, "validation": 1 / 6, "test": 1 / 3}
     for name, share in shares.items():
-        counts = np.bincount(splits[name].labels, minlength=10)
+        counts = np.bincount(splits[name].examples.labels, minlength=10)
         # Of every six successive examples of a class a split takes a fixed number,
         # so a remainder of up to five is all that can be off.
         assert np.all(np.abs(counts - share * totals) <= 1.5), name

@@ -5,7 +5,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from experiments import builders, data
+from experiments.augment import shift_and_flip
 from experiments.builders import Examples
+from experiments.data import MemorySplit
 
 
 def numbered(count):
@@ -23,11 +25,11 @@ def test_train_examples_is_a_fixed_prefix(tiny):
     (larger,) = data.load_splits(
         dataclasses.replace(tiny, train_examples=60), ("train",)
     ).values()
-    assert small.images.shape == (20, 8, 8, 1)
-    assert small.images.dtype == np.uint8
-    assert small.labels.dtype == np.int32
-    np.testing.assert_array_equal(small.images, larger.images[:20])
-    np.testing.assert_array_equal(small.labels, larger.labels[:20])
+    assert small.examples.inputs.shape == (20, 8, 8, 1)
+    assert small.examples.inputs.dtype == np.uint8
+    assert small.examples.labels.dtype == np.int32
+    np.testing.assert_array_equal(small.examples.inputs, larger.examples.inputs[:20])
+    np.testing.assert_array_equal(small.examples.labels, larger.examples.labels[:20])
 
 
 def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
@@ -37,9 +39,9 @@ def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
         data_dir=tiny.data_dir, file_format="array_record"
     ).as_data_source("train")
     np.testing.assert_array_equal(
-        blocks.labels, [source[i]["label"] for i in range(20)]
+        blocks.examples.labels, [source[i]["label"] for i in range(20)]
     )
-    np.testing.assert_array_equal(blocks.images[19], source[19]["image"])
+    np.testing.assert_array_equal(blocks.examples.inputs[19], source[19]["image"])
 
 
 def test_load_splits_reads_only_what_is_named(tiny):
@@ -68,39 +70,45 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_train_batches_follow_the_order(tiny):
-    examples = numbered(20)
-    batches = list(data.train_batches(examples, tiny, seed=7))
+    split = MemorySplit(numbered(20), 20)
+    batches = list(data.train_batches(split, tiny, seed=7, last_step=12))
     labels = np.stack([batch["labels"] for batch in batches])
     expected = [data.epoch_order(20, 8, seed=7, epoch=epoch) for epoch in range(4)]
     np.testing.assert_array_equal(labels, np.concatenate(expected))
     for batch in batches:
-        np.testing.assert_array_equal(batch["images"][:, 3, 5, 0], batch["labels"])
+        np.testing.assert_array_equal(batch["inputs"][:, 3, 5, 0], batch["labels"])
 
 
-def test_augmented_batches_repeat_and_differ(tiny, examples):
+def test_augmented_batches_repeat_and_differ(tiny, split):
     config = dataclasses.replace(tiny, max_shift=1, flip=True)
-    once, again = (list(data.train_batches(examples, config, 0)) for _ in range(2))
-    plain = list(data.train_batches(examples, tiny, 0))
+    once, again = (
+        list(data.train_batches(split, config, 0, last_step=12)) for _ in range(2)
+    )
+    plain = list(data.train_batches(split, tiny, 0, last_step=12))
     for batch, repeated, original in zip(once, again, plain, strict=True):
-        np.testing.assert_array_equal(batch["images"], repeated["images"])
+        np.testing.assert_array_equal(batch["inputs"], repeated["inputs"])
         np.testing.assert_array_equal(batch["labels"], original["labels"])
-        assert np.any(batch["images"] != original["images"])
+        assert np.any(batch["inputs"] != original["inputs"])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("augmented", [False, True])
-def test_processes_share_every_batch(tiny, examples, processes, augmented):
+def test_processes_share_every_batch(tiny, split, processes, augmented):
     """Side by side, the shares are one process's batches: no row lost or twice."""
     config = dataclasses.replace(tiny, max_shift=int(augmented), flip=augmented)
     shares = [
-        list(data.train_batches(examples, config, 3, data.Share(process, processes)))
+        list(
+            data.train_batches(
+                split, config, 3, data.Share(process, processes), last_step=12
+            )
+        )
         for process in range(processes)
     ]
-    whole = list(data.train_batches(examples, config, 3))
+    whole = list(data.train_batches(split, config, 3, last_step=12))
     assert {len(share) for share in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         assert {len(part["labels"]) for part in parts} == {8 // processes}
-        for name in ("images", "labels"):
+        for name in ("inputs", "labels"):
             together = np.concatenate([part[name] for part in parts])
             np.testing.assert_array_equal(together, batch[name])
 
@@ -113,8 +121,9 @@ def test_a_process_gathers_its_own_rows_only(tiny):
 
     gathered = []
     images, labels = numbered(20)
-    watched = Examples(images.view(Watched), labels)
-    for batch in data.train_batches(watched, tiny, 0, data.Share(1, 4)):
+    watched = MemorySplit(Examples(images.view(Watched), labels), 20)
+    share = data.Share(1, 4)
+    for batch in data.train_batches(watched, tiny, 0, share, last_step=12):
         assert len(batch["labels"]) == 2
     assert gathered == [2] * 12
 
@@ -131,31 +140,31 @@ def test_augment_shifts_and_mirrors():
         for top in range(3):
             for left in range(3):
                 possible.add(framed[top : top + 6, left : left + 5].tobytes())
-    got = data.augment(images, rng, max_shift=1, flip=True)
+    got = shift_and_flip(images, rng, max_shift=1, flip=True)
     assert got.shape == images.shape
     # 200 draws of 18: each is missed with probability 1e-5.
     assert {one[..., 0].tobytes() for one in got} == possible
 
 
 def test_eval_batches_count_every_example_once():
-    batches = data.eval_batches(numbered(20), 8)
+    batches = list(data.eval_batches(MemorySplit(numbered(20), 20), 8))
     assert [batch["mask"].sum() for batch in batches] == [8, 8, 4]
-    assert {batch["images"].shape for batch in batches} == {(8, 8, 8, 1)}
+    assert {batch["inputs"].shape for batch in batches} == {(8, 8, 8, 1)}
     seen = np.concatenate([batch["labels"][batch["mask"]] for batch in batches])
     np.testing.assert_array_equal(seen, np.arange(20))
 
 
-def test_image_batches_are_ragged_and_complete():
+def test_input_batches_are_ragged_and_complete():
     examples = numbered(20)
-    batches = data.image_batches(examples, 8)
+    batches = list(data.input_batches(MemorySplit(examples, 20), 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]
-    np.testing.assert_array_equal(np.concatenate(batches), examples.images)
+    np.testing.assert_array_equal(np.concatenate(batches), examples.inputs)
 
 
 @pytest.fixture
 def fashion(tiny):
     return dataclasses.replace(
-        tiny, name="fashion_mnist", pixel_max=255, data_dir=None, train_examples=5
+        tiny, dataset="fashion_mnist", pixel_max=255, data_dir=None, train_examples=5
     )
 
 
@@ -194,9 +203,9 @@ def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
         splits = data.load_splits(fashion, ("train", "test"))
-    np.testing.assert_array_equal(splits["train"].images, stock.images[:5])
-    np.testing.assert_array_equal(splits["test"].labels, stock.labels[8:])
-    assert splits["test"].labels.dtype == np.int32
+    np.testing.assert_array_equal(splits["train"].examples.inputs, stock.inputs[:5])
+    np.testing.assert_array_equal(splits["test"].examples.labels, stock.labels[8:])
+    assert splits["test"].examples.labels.dtype == np.int32
 
 
 def test_fashion_mnist_prefers_the_installed_files(fashion, tmp_path, monkeypatch):

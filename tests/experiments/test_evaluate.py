@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 
 import swa_jax
-from experiments import data
+from experiments import data, plans
 from experiments.evaluate import averaged_network, evaluate
-from experiments.train import make_arm, make_model, train
+from experiments.networks import make_model
+from experiments.train import compile_arm, train
+
+
+def make_arm(config, split, window):
+    """Compile the arm that averages the last `window` epochs; 0: the plain one."""
+    name = f"swa{window}" if window else "sgd"
+    (arm,) = (arm for arm in plans.make_arms(config) if arm.name == name)
+    return compile_arm(config, arm, split)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, examples):
-    arm = make_arm(tiny_model, examples, 3)
-    return make_model(tiny_model), train(tiny_model, arm, 0, examples)
+def trained(tiny_model, split):
+    arm = make_arm(tiny_model, split, 3)
+    return make_model(tiny_model, split), train(tiny_model, arm, 0, split)
 
 
 def logits_of(model, state, images):
@@ -20,15 +28,15 @@ def logits_of(model, state, images):
     return np.asarray(model.apply(variables, images, train=False), np.float64)
 
 
-def test_evaluation_matches_numpy_on_every_example(trained, examples):
+def test_evaluation_matches_numpy_on_every_example(trained, split):
     model, state = trained
-    logits = logits_of(model, state, examples.images)
+    logits = logits_of(model, state, split.examples.inputs)
     shifted = logits - logits.max(axis=1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    losses = -logs[np.arange(20), examples.labels]
-    accuracy = np.mean(logits.argmax(axis=1) == examples.labels)
+    losses = -logs[np.arange(20), split.examples.labels]
+    accuracy = np.mean(logits.argmax(axis=1) == split.examples.labels)
     for batch_size in (8, 20, 32):  # ragged, exact, all padding at once
-        batches = data.eval_batches(examples, batch_size)
+        batches = data.eval_batches(split, batch_size)
         got = evaluate(model, state.params, state.batch_stats, batches)
         assert got.accuracy == accuracy
         np.testing.assert_allclose(got.loss, losses.mean(), rtol=1e-5)
@@ -36,13 +44,13 @@ def test_evaluation_matches_numpy_on_every_example(trained, examples):
     assert abs(losses.mean() - losses[:16].mean()) > 1e-3
 
 
-def test_padding_does_not_count(trained, examples):
+def test_padding_does_not_count(trained, split):
     model, state = trained
-    batches = data.eval_batches(examples, 8)
+    batches = list(data.eval_batches(split, 8))
     clean = evaluate(model, state.params, state.batch_stats, batches)
     padding = ~batches[-1]["mask"]
     # Labels that the network gets right on the padding: they would raise accuracy.
-    answers = logits_of(model, state, batches[-1]["images"]).argmax(axis=1)
+    answers = logits_of(model, state, batches[-1]["inputs"]).argmax(axis=1)
     batches[-1]["labels"] = np.where(padding, answers, batches[-1]["labels"])
     assert evaluate(model, state.params, state.batch_stats, batches) == clean
     batches[-1]["mask"] = np.ones(8, bool)
@@ -55,16 +63,16 @@ def test_nothing_to_evaluate_is_an_error(trained):
         evaluate(model, state.params, state.batch_stats, [])
 
 
-def test_averaged_network_has_population_statistics(trained, examples):
+def test_averaged_network_has_population_statistics(trained, split):
     model, state = trained
-    batches = data.image_batches(examples, 8)
+    batches = data.input_batches(split, 8)
     assert len(batches[-1]) == 4  # ragged, and counted by its size
     before = jax.device_get(state)
     params, batch_stats = averaged_network(model, state, batches)
     average = swa_jax.swa_params(state.opt_state, state.params)
     chex.assert_trees_all_equal(params, average)
     # Oracle: the first convolution of all images at once, in float64.
-    images = np.float64(examples.images) / 16 - 0.5
+    images = np.float64(split.examples.inputs) / 16 - 0.5
     padded = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))  # SAME, stride 2
     kernel = np.float64(params["Conv_0"]["kernel"])
     outputs = np.stack(

@@ -22,6 +22,7 @@ TINY = [
     *("--eval-batch-size", "256"),
     *("--widths", "4", "4"),
     *("--strides", "2", "2"),
+    "--no-width-plot",
 ]
 TIMEOUT = 240  # seconds; a job takes about 20 on an idle machine
 
@@ -132,7 +133,7 @@ def test_two_processes_train_the_same_network(
     statuses, outputs = job.wait()
     assert statuses == [0, 0], outputs
     for found, expected in zip(results(workdirs[0]), one_process, strict=True):
-        assert found["method"] == expected["method"]
+        assert found["label"] == expected["label"]
         # 6 steps: the weights agree to 12 float32 eps (see test_parallel), and the
         # mean loss of a network this small moves at most ten times as far. With a
         # batch's halves mixed up it would differ in the second digit.

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import swa_jax
-from experiments import data, evaluate, parallel
+from experiments import data, evaluate, parallel, plans
+from experiments.networks import make_model
 from experiments.parallel import AXIS_NAME, DevicesError, make_strategy
 from experiments.train import (
     Hooks,
-    make_arm,
-    make_model,
+    compile_arm,
     make_optimizer,
     make_train_step,
     train,
@@ -36,6 +36,13 @@ def spread(tiny_model):
     )
 
 
+def make_arm(config, split, window):
+    """Compile the arm that averages the last `window` epochs; 0: the plain one."""
+    name = f"swa{window}" if window else "sgd"
+    (arm,) = (arm for arm in plans.make_arms(config) if arm.name == name)
+    return compile_arm(config, arm, split)
+
+
 class Recorder(Hooks):
     def __init__(self):
         self.losses, self.averages = [], []
@@ -50,15 +57,15 @@ class Recorder(Hooks):
         }
 
 
-def run(config, examples):
+def run(config, split):
     recorder = Recorder()
-    state = train(config, make_arm(config, examples, 4), 0, examples, recorder)
+    state = train(config, make_arm(config, split, 4), 0, split, recorder)
     return state, recorder
 
 
 @pytest.fixture(scope="module")
-def one_device(spread, examples):
-    state, recorder = run(spread, examples)
+def one_device(spread, split):
+    state, recorder = run(spread, split)
     return jax.device_get(state), recorder
 
 
@@ -68,9 +75,9 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_trains_the_single_device_network(
-    spread, examples, one_device, name
+    spread, split, one_device, name
 ):
-    state, recorder = run(dataclasses.replace(spread, parallel=name), examples)
+    state, recorder = run(dataclasses.replace(spread, parallel=name), split)
     expected, expected_recorder = one_device
     assert swa_jax.swa_state(state.opt_state).num_averaged == 4
     # Parameters, running statistics, momentum, the average and the counters.
@@ -82,10 +89,10 @@ def test_every_strategy_trains_the_single_device_network(
     np.testing.assert_allclose(recorder.losses, expected_recorder.losses, atol=ATOL)
 
 
-def test_unsynchronised_statistics_differ(spread, examples, one_device):
+def test_unsynchronised_statistics_differ(spread, split, one_device):
     """So the agreement above is the synchronisation's doing."""
     expected, _ = one_device
-    state = jax.device_get(unsynchronised_run(spread, examples, "pmap"))
+    state = jax.device_get(unsynchronised_run(spread, split, "pmap"))
     first, last = (jax.tree.map(lambda x, d=d: x[d], state) for d in (0, 7))
     for own in (first, last):
         assert largest_difference(own.params, expected.params) > 1000 * ATOL
@@ -95,18 +102,20 @@ def test_unsynchronised_statistics_differ(spread, examples, one_device):
     assert largest_difference(first.batch_stats, last.batch_stats) > 1000 * ATOL
 
 
-def test_shard_map_refuses_unsynchronised_statistics(spread, examples):
+def test_shard_map_refuses_unsynchronised_statistics(spread, split):
     with pytest.raises(ValueError, match="out_specs which require replication"):
-        unsynchronised_run(spread, examples, "shard_map")
+        unsynchronised_run(spread, split, "shard_map")
 
 
-def unsynchronised_run(config, examples, name):
+def unsynchronised_run(config, split, name):
     strategy = make_strategy(name, config.batch_size)
-    optimizer = make_optimizer(config, 2, 4)
-    train_step = make_train_step(make_model(config), optimizer, strategy.axis_name)
+    optimizer = make_optimizer(config, plans.make_arms(config)[1], 2)
+    train_step = make_train_step(
+        make_model(config, split), optimizer, strategy.axis_name
+    )
     step = strategy.compile(train_step)
-    state = strategy.place_state(make_arm(config, examples, 4).init(jax.random.key(0)))
-    for batch in data.train_batches(examples, config, 0):
+    state = strategy.place_state(make_arm(config, split, 4).init(jax.random.key(0)))
+    for batch in data.train_batches(split, config, 0, last_step=STEPS):
         state, _ = step(state, strategy.place_batch(batch))
     return state
 
@@ -126,18 +135,20 @@ def compilations():
 
 
 @pytest.mark.parametrize("name", ["none", *STRATEGIES])
-def test_step_is_compiled_once_and_donates(spread, examples, name):
+def test_step_is_compiled_once_and_donates(spread, split, name):
     config = dataclasses.replace(spread, parallel=name)
     chex.clear_trace_counter()
     strategy = make_strategy(name, config.batch_size)
     step = make_train_step(
-        make_model(config, strategy.axis_name),
-        make_optimizer(config, 2, 4),
+        make_model(config, split, strategy.axis_name),
+        make_optimizer(config, plans.make_arms(config)[1], 2),
         strategy.axis_name,
     )
-    arm = make_arm(config, examples, 4)
-    states = [arm.init(jax.random.key(seed)) for seed in range(2)]
-    batches = list(map(strategy.place_batch, data.train_batches(examples, config, 0)))
+    arm = make_arm(config, split, 4)
+    states = [strategy.place_state(arm.init(jax.random.key(s))) for s in range(2)]
+    batches = list(
+        map(strategy.place_batch, data.train_batches(split, config, 0, last_step=STEPS))
+    )
     compiled = strategy.compile(chex.assert_max_traces(step, n=1))
     before = len(compilations())
     for state in states:  # a second seed starts from a fresh state
@@ -161,14 +172,14 @@ def buffers(state):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_batch_must_be_shared_equally(spread, examples, name):
+def test_batch_must_be_shared_equally(spread, split, name):
     config = dataclasses.replace(spread, parallel=name, batch_size=20)
     with pytest.raises(
         DevicesError,
         match=rf"batch_size is 20 on 8 devices; under --parallel {name} .*"
         r"--batch-size 24\.",
     ):
-        make_arm(config, examples, 4)
+        make_arm(config, split, 4)
 
 
 def test_one_device_in_a_job_of_several_processes_is_an_error(monkeypatch):
@@ -184,30 +195,30 @@ def averaged(spread, one_device):
     return swa_jax.swa_params(state.opt_state, state.params), state.batch_stats
 
 
-def one_device_pass(config, averaged, images):
-    fn = evaluate.make_batch_stats_fn(make_model(config))
+def one_device_pass(config, split, averaged, images):
+    fn = evaluate.make_batch_stats_fn(make_model(config, split))
     return swa_jax.recompute_batch_stats(fn, *averaged, images)
 
 
-def test_batch_norm_pass_over_sharded_batches(spread, examples, averaged):
-    images = [examples.images[:16], examples.images[4:20]]
+def test_batch_norm_pass_over_sharded_batches(spread, split, averaged):
+    images = [split.examples.inputs[:16], split.examples.inputs[4:20]]
     mesh = jax.make_mesh((8,), (AXIS_NAME,), axis_types=(jax.sharding.AxisType.Auto,))
     rows, replicated = (
         NamedSharding(mesh, spec)
         for spec in (PartitionSpec(AXIS_NAME), PartitionSpec())
     )
-    fn = evaluate.make_batch_stats_fn(make_model(spread))
+    fn = evaluate.make_batch_stats_fn(make_model(spread, split))
     found = swa_jax.recompute_batch_stats(
         fn, *jax.device_put(averaged, replicated), jax.device_put(images, rows)
     )
-    expected = one_device_pass(spread, averaged, images)
+    expected = one_device_pass(spread, split, averaged, images)
     chex.assert_trees_all_close(found, expected, rtol=0, atol=ATOL)
     assert largest_difference(found, averaged[1]) > 1000 * ATOL
 
 
-def test_batch_norm_pass_under_pmap(spread, examples, averaged):
-    images = [examples.images[:16], examples.images[4:20]]
-    fn = evaluate.make_batch_stats_fn(make_model(spread, AXIS_NAME))
+def test_batch_norm_pass_under_pmap(spread, split, averaged):
+    images = [split.examples.inputs[:16], split.examples.inputs[4:20]]
+    fn = evaluate.make_batch_stats_fn(make_model(spread, split, AXIS_NAME))
     everywhere = make_strategy("pmap", 16)
     found = swa_jax.recompute_batch_stats(
         fn,
@@ -215,7 +226,7 @@ def test_batch_norm_pass_under_pmap(spread, examples, averaged):
         map(everywhere.place_batch, images),
         axis_name=AXIS_NAME,
     )
-    expected = one_device_pass(spread, averaged, images)
+    expected = one_device_pass(spread, split, averaged, images)
     for device in range(8):
         own = jax.tree.map(lambda x, d=device: x[d], jax.device_get(found))
         chex.assert_trees_all_close(own, expected, rtol=0, atol=ATOL)

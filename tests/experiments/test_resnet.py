@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.resnet import STAGES, ResNet
+from experiments.models import STAGES, ResNet
 
 from ..aot.cases import RESNET50
 

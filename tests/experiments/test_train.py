@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import math
 
 import chex
 import jax
@@ -9,17 +8,23 @@ import numpy as np
 import pytest
 
 import swa_jax
-from experiments import data
+from experiments import data, plans
+from experiments.networks import make_model
 from experiments.train import (
     Hooks,
     Metrics,
-    make_arm,
-    make_model,
+    compile_arm,
     make_optimizer,
-    make_schedule,
     make_train_step,
     train,
 )
+
+
+def make_arm(config, split, window):
+    """Compile the arm that averages the last `window` epochs; 0: the plain one."""
+    name = f"swa{window}" if window else "sgd"
+    (arm,) = (arm for arm in plans.make_arms(config) if arm.name == name)
+    return compile_arm(config, arm, split)
 
 
 class Recorder(Hooks):
@@ -39,10 +44,10 @@ class Recorder(Hooks):
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_average_is_the_mean_of_epoch_ends(tiny, examples, window):
+def test_average_is_the_mean_of_epoch_ends(tiny, split, window):
     recorder = Recorder()
-    arm = make_arm(tiny, examples, window)
-    state = train(tiny, arm, 0, examples, recorder)
+    arm = make_arm(tiny, split, window)
+    state = train(tiny, arm, 0, split, recorder)
     assert [epoch for epoch, _ in recorder.ends] == [1, 2, 3, 4]
     iterates = [end.params for _, end in recorder.ends[-window:]]
     expected = jax.tree.map(
@@ -58,42 +63,22 @@ def test_average_is_the_mean_of_epoch_ends(tiny, examples, window):
         assert min(jax.tree.leaves(moved)) > 1e-5  # it is not just the last iterate
 
 
-def test_sgd_schedule_is_a_cosine_to_zero(tiny):
-    schedule = make_schedule(tiny, steps=5, swa_epochs=0)
-    for step in (0, 7, 13, 20):
-        expected = tiny.learning_rate * (1 + math.cos(math.pi * step / 20)) / 2
-        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-8)
-
-
-def test_swa_schedule_is_a_cosine_then_constant(tiny):
-    config = dataclasses.replace(tiny, learning_rate=0.4, swa_lr=0.1)
-    schedule = make_schedule(config, steps=5, swa_epochs=3)  # 5 steps of cosine
-    for step in range(20):
-        share = (1 + math.cos(math.pi * min(step / 5, 1))) / 2
-        np.testing.assert_allclose(schedule(step), 0.1 + 0.3 * share, rtol=1e-5)
-
-
-def test_arm_knows_its_learning_rates(tiny, examples):
-    arm = make_arm(tiny, examples, 0)
-    schedule = make_schedule(tiny, arm.steps_per_epoch, 0)
-    expected = [float(schedule(step)) for step in range(12)]
-    # 1 + cos is rounded in float32 before it is scaled: an error of lr times 1e-7.
-    np.testing.assert_allclose(arm.learning_rates, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_two_steps_match_the_formula_of_sgd(tiny, examples):
+def test_two_steps_match_the_formula_of_sgd(tiny, split):
     """v <- m v + (g + wd p), p <- p - lr v, with decay for kernels only."""
     config = dataclasses.replace(tiny, weight_decay=0.1)
-    model = make_model(config)
+    model = make_model(config, split)
     batches = [
-        data.Batch(images=examples.images[i : i + 8], labels=examples.labels[i : i + 8])
+        data.Batch(
+            inputs=split.examples.inputs[i : i + 8],
+            labels=split.examples.labels[i : i + 8],
+        )
         for i in (0, 8)
     ]
 
     def loss_fn(params, batch_stats, batch):
         logits, _ = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            batch["images"],
+            batch["inputs"],
             train=True,
             mutable=["batch_stats"],
         )
@@ -101,7 +86,7 @@ def test_two_steps_match_the_formula_of_sgd(tiny, examples):
         return -jnp.mean(logs)
 
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
-    arm = make_arm(config, examples, 0)
+    arm = make_arm(config, split, 0)
     state = arm.init(jax.random.key(1))
     params = jax.device_get(state.params)
     velocity = jax.tree.map(np.zeros_like, params)
@@ -122,14 +107,16 @@ def test_two_steps_match_the_formula_of_sgd(tiny, examples):
         chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
 
 
-def test_metrics_are_those_of_the_weights_before_the_update(tiny, examples):
-    arm = make_arm(tiny, examples, 0)
+def test_metrics_are_those_of_the_weights_before_the_update(tiny, split):
+    arm = make_arm(tiny, split, 0)
     state = arm.init(jax.random.key(1))
-    model = make_model(tiny)
-    batch = data.Batch(images=examples.images[:8], labels=examples.labels[:8])
+    model = make_model(tiny, split)
+    batch = data.Batch(
+        inputs=split.examples.inputs[:8], labels=split.examples.labels[:8]
+    )
     logits, updated = model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
-        batch["images"],
+        batch["inputs"],
         train=True,
         mutable=["batch_stats"],
     )
@@ -142,25 +129,25 @@ def test_metrics_are_those_of_the_weights_before_the_update(tiny, examples):
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_step_is_compiled_once_and_donates(tiny, examples, window):
-    arm = make_arm(tiny, examples, window)
+def test_step_is_compiled_once_and_donates(tiny, split, window):
+    arm = make_arm(tiny, split, window)
     chex.clear_trace_counter()
-    step = make_train_step(make_model(tiny), make_optimizer(tiny, 3, window))
+    step = make_train_step(make_model(tiny, split), make_optimizer(tiny, arm.arm, 3))
     once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
-    train(tiny, dataclasses.replace(arm, step=once), 0, examples)
+    train(tiny, dataclasses.replace(arm, step=once), 0, split)
     assert once._cache_size() == 1
 
-    train(tiny, arm, 0, examples)
-    train(tiny, arm, 1, examples)
+    train(tiny, arm, 0, split)
+    train(tiny, arm, 1, split)
     assert arm.step._cache_size() == 1
     state = arm.init(jax.random.key(0))
-    (batch, *_) = data.train_batches(examples, tiny, 0)
+    (batch,) = data.train_batches(split, tiny, 0, last_step=1)
     arm.step(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_metrics_are_fetched_one_step_late(tiny, examples):
-    arm = make_arm(tiny, examples, 0)
+def test_metrics_are_fetched_one_step_late(tiny, split):
+    arm = make_arm(tiny, split, 0)
     events = []
     numbers = itertools.count(1)
 
@@ -170,17 +157,17 @@ def test_metrics_are_fetched_one_step_late(tiny, examples):
 
     hooks = Hooks()
     hooks.on_step = lambda step, loss, rate: events.append(("seen", step))
-    train(tiny, dataclasses.replace(arm, step=step), 0, examples, hooks)
+    train(tiny, dataclasses.replace(arm, step=step), 0, split, hooks)
     expected = [("dispatched", 1)]
     for number in range(2, 13):
         expected += [("dispatched", number), ("seen", number - 1)]
     assert events == [*expected, ("seen", 12)]
 
 
-def test_reports_are_means_of_the_steps(tiny, examples):
+def test_reports_are_means_of_the_steps(tiny, split):
     recorder = Recorder()
-    arm = make_arm(tiny, examples, 1)
-    train(tiny, arm, 0, examples, recorder)
+    arm = make_arm(tiny, split, 1)
+    train(tiny, arm, 0, split, recorder)
     steps, losses, rates = (
         np.array(column) for column in zip(*recorder.steps, strict=True)
     )
@@ -197,17 +184,17 @@ def test_reports_are_means_of_the_steps(tiny, examples):
         assert report.examples_per_second > 0
 
 
-def test_training_learns(tiny, examples):
+def test_training_learns(tiny, split):
     """Twenty random labels: chance is a loss of log 10; memory goes far below."""
     config = dataclasses.replace(tiny, epochs=200)
     recorder = Recorder()
-    train(config, make_arm(config, examples, 0), 0, examples, recorder)
+    train(config, make_arm(config, split, 0), 0, split, recorder)
     assert recorder.reports[0].loss > 1.5
     assert recorder.reports[-1].loss < 1.0
 
 
-def test_seed_decides_everything(tiny, examples):
-    arm, other_arm = make_arm(tiny, examples, 0), make_arm(tiny, examples, 3)
+def test_seed_decides_everything(tiny, split):
+    arm, other_arm = make_arm(tiny, split, 0), make_arm(tiny, split, 3)
     start, same, different = (
         a.init(jax.random.key(seed)).params
         for a, seed in ((arm, 0), (other_arm, 0), (arm, 1))
@@ -215,16 +202,14 @@ def test_seed_decides_everything(tiny, examples):
     chex.assert_trees_all_equal(start, same)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(start, different)
-    first, again, other = (
-        train(tiny, arm, seed, examples).params for seed in (0, 0, 1)
-    )
+    first, again, other = (train(tiny, arm, seed, split).params for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(first, other, rtol=1e-3)
 
 
-def test_nonfinite_loss_names_the_step(tiny, examples):
-    arm = make_arm(tiny, examples, 0)
+def test_nonfinite_loss_names_the_step(tiny, split):
+    arm = make_arm(tiny, split, 0)
     numbers = itertools.count(1)
 
     def step(state, batch):
@@ -236,11 +221,11 @@ def test_nonfinite_loss_names_the_step(tiny, examples):
         FloatingPointError,
         match=r"loss is nan at step 5 \(epoch 2 of 4, arm sgd, .*--learning-rate",
     ):
-        train(tiny, dataclasses.replace(arm, step=step), 0, examples, recorder)
+        train(tiny, dataclasses.replace(arm, step=step), 0, split, recorder)
     assert [step for step, *_ in recorder.steps] == [1, 2, 3, 4]
 
 
-def test_divergence_is_noticed(tiny, examples):
+def test_divergence_is_noticed(tiny, split):
     config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
     with pytest.raises(FloatingPointError, match=r"at step \d+ .* arm swa3"):
-        train(config, make_arm(config, examples, 3), 0, examples)
+        train(config, make_arm(config, split, 3), 0, split)

@@ -6,7 +6,8 @@ import math
 import pytest
 import rich.console
 
-from experiments import data, tune
+from experiments import configs, data, tune
+from experiments.train import train
 
 
 def quiet():
@@ -54,7 +55,7 @@ def test_tuning_never_reads_the_test_split(tiny, splits_read, monkeypatch):
     assert chosen == {"learning_rate": 0.1, "weight_decay": 5e-4, "swa_lr": 0.1}
     written = json.loads((tiny.workdir / "tuning.json").read_text())
     assert written["chosen"] == chosen
-    assert [trial["swa_epochs"] for trial in written["trials"]] == [0, 1, 3]
+    assert [trial["arm"] for trial in written["trials"]] == ["sgd", "swa1", "swa3"]
     for trial in written["trials"]:
         (accuracy,) = trial["accuracy"]
         # The validation split has 300 images.
@@ -70,31 +71,57 @@ def test_choice_is_the_best_of_the_validation_scores(tiny, monkeypatch):
         tune_swa_lrs=(0.01, 0.02, 0.04),
     )
 
-    def made_up(config, splits, swa_epochs):
-        if swa_epochs:
+    def made_up(config, splits, name, parents):
+        if name != "sgd":
             # The windows disagree: 0.04 and 0.01 alone, 0.02 on average.
-            best = {1: {0.02: 0.8, 0.04: 0.9}, 3: {0.01: 0.9, 0.02: 0.8}}
-            accuracy = best[swa_epochs].get(config.swa_lr, 0.1)
+            best = {"swa1": {0.02: 0.8, 0.04: 0.9}, "swa3": {0.01: 0.9, 0.02: 0.8}}
+            accuracy = best[name].get(config.swa_lr, 0.1)
             assert (config.learning_rate, config.weight_decay) == (0.2, 4e-4)
         else:
             good = (config.learning_rate == 0.2) + (config.weight_decay == 4e-4)
             accuracy = 0.3 * good
-        return (tune.Evaluation(accuracy, 1.0), tune.Evaluation(accuracy, 1.0))
+        rates = config.learning_rate, config.weight_decay, config.swa_lr, None
+        return [tune.Trial(name, name, *rates, (accuracy, accuracy), (1.0, 1.0))]
 
-    monkeypatch.setattr(tune, "_run_trial", made_up)
+    monkeypatch.setattr(tune, "_run_trials", made_up)
     console = quiet()
     chosen = tune.tune(config, console)
     assert chosen == {"learning_rate": 0.2, "weight_decay": 4e-4, "swa_lr": 0.02}
     assert "60.00 ± 0.00" in console.file.getvalue()
 
 
-def test_equal_accuracies_are_told_apart_by_loss():
-    worse, better = (tune.Trial(0, 0.1, 0.0, None, (0.9,), (x,)) for x in (0.5, 0.4))
-    assert better.merit > worse.merit
+def trial(accuracy, loss):
+    return tune.Trial("SGD", "sgd", 0.1, 0.0, None, None, (accuracy,), (loss,))
+
+
+def test_equal_accuracies_are_told_apart_by_loss(tiny):
+    worse, better = (tune.merit(tiny, [trial(0.9, loss)]) for loss in (0.5, 0.4))
+    assert better > worse
+
+
+def test_text_is_judged_by_loss():
+    _, config = configs.EXPERIMENTS["shakespeare"]
+    worse, better = trial(0.9, 1.5), trial(0.8, 1.4)
+    assert tune.merit(config, [better]) > tune.merit(config, [worse])
+
+
+def test_fine_tuning_tunes_the_control_too(tiny_fine_tune, monkeypatch):
+    monkeypatch.setattr(tune, "MAX_EXTENSIONS", 0)
+    trained = []
+
+    def recording(config, compiled, *args, **kwargs):
+        trained.append(compiled.arm.name)
+        return train(config, compiled, *args, **kwargs)
+
+    monkeypatch.setattr(tune, "train", recording)
+    chosen = tune.tune(tiny_fine_tune, quiet())
+    assert chosen["control_lr"] == 0.01
+    # The whole budget tunes the plain arm; the baseline is trained once for both.
+    assert trained == ["sgd7", "converged", "swa", "control"]
 
 
 def test_diverged_trial_is_never_the_best(tiny):
     splits = data.load_splits(tiny, ("train", "validation"))
     config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
-    (score,) = tune._run_trial(config, splits, 0)
-    assert score == (0.0, math.inf)
+    (found,) = tune._run_trials(config, splits, "sgd", {})
+    assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))

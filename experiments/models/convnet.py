@@ -1,5 +1,7 @@
 """A small convolutional network with BatchNorm."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ class ConvNet(nn.Module):
         strides: Stride of each convolution.
         pixel_max: Largest raw pixel value; inputs are scaled to [-0.5, 0.5].
         num_classes: Number of logits.
+        dtype: Dtype to compute in.
         axis_name: Mapped axis over which BatchNorm averages its moments, under
             `jax.pmap` or `jax.shard_map`. None: those of the rows at hand.
     """
@@ -24,6 +27,7 @@ class ConvNet(nn.Module):
     strides: tuple[int, ...]
     pixel_max: int
     num_classes: int = 10
+    dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
@@ -38,9 +42,14 @@ class ConvNet(nn.Module):
         x = images.astype(jnp.float32) / self.pixel_max - 0.5
         for width, stride in zip(self.widths, self.strides, strict=True):
             # BatchNorm subtracts the mean, so a bias before it would do nothing.
-            x = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
+            x = nn.Conv(
+                width, (3, 3), strides=stride, use_bias=False, dtype=self.dtype
+            )(x)
             x = nn.BatchNorm(
-                use_running_average=not train, momentum=0.9, axis_name=self.axis_name
+                use_running_average=not train,
+                momentum=0.9,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
             )(x)
             x = nn.relu(x)
-        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))

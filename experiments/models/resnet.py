@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.common import he_normal_fan_out, normalise
+
 #: Bottlenecks per stage, by the name of the network.
 STAGES = {
     "resnet50": (3, 4, 6, 3),
@@ -62,19 +64,25 @@ class ResNet(nn.Module):
         num_classes: Number of logits.
         dtype: Dtype to compute in, jnp.bfloat16 on accelerators.
         momentum: Of BatchNorm's running statistics.
+        axis_name: Mapped axis over which BatchNorm averages its moments.
+        pixel_mean: Of each channel of the raw images.
+        pixel_std: Likewise.
     """
 
     stages: tuple[int, ...]
     num_classes: int = 1000
     dtype: Any = jnp.float32
     momentum: float = 0.9
+    axis_name: str | None = None
+    pixel_mean: tuple[float, ...] = (0.0,)
+    pixel_std: tuple[float, ...] = (1.0,)
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Return logits [batch, num_classes] of images [batch, height, width, 3].
 
         Args:
-            images: Normalised pixels, of any real dtype.
+            images: Raw pixels, of any real dtype.
             train: Normalise by the batch's statistics and update the running
                 ones (collection `batch_stats`), instead of reading those.
         """
@@ -85,15 +93,17 @@ class ResNet(nn.Module):
             # has them; "SAME" would shift them by a pixel.
             padding="SAME_LOWER",
             dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            kernel_init=he_normal_fan_out,
         )
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,
             momentum=self.momentum,
             dtype=self.dtype,
+            axis_name=self.axis_name,
         )
-        x = conv(64, (7, 7), (2, 2), name="stem")(images)
+        x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        x = conv(64, (7, 7), (2, 2), name="stem")(x)
         x = nn.relu(norm(name="stem_norm")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
         for stage, blocks in enumerate(self.stages):

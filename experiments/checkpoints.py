@@ -1,0 +1,345 @@
+"""Checkpoints of runs, written by Orbax, and the work directory that holds them.
+
+A checkpoint is written in the background and takes its name only when it is complete,
+so that a process killed at any moment leaves whole checkpoints behind. Each array's
+CRC-32 is stored beside it and checked when it is read.
+
+In a job of several processes every device holds the whole state, so the main process
+alone touches the disk; the others are told what it found.
+"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from experiments import processes
+from experiments.errors import StorageError
+from experiments.files import write_json
+
+PyTree = Any
+T = TypeVar("T")
+
+# Settings that may change while a job goes on: they say where things are and how they
+# are watched or spread over devices, not what is computed.
+FREE_SETTINGS = frozenset(
+    {
+        "workdir",
+        "data_dir",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "width_plot",
+        "cluster",
+        "tune",
+        "tune_seeds",
+        "tune_learning_rates",
+        "tune_weight_decays",
+        "tune_swa_lrs",
+        "tune_control_lrs",
+    }
+)
+
+
+class Store:
+    """The newest checkpoints of one run.
+
+    All methods are called by every process of a job, and raise the same in all.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+        """Open `directory`, which need not exist; keep the `keep` newest checkpoints.
+
+        Raises:
+            StorageError: The directory cannot be made or read.
+        """
+        self.directory = directory.absolute()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._on_main(lambda: self._open())
+
+    def __enter__(self) -> Self:
+        """Return itself; leaving closes it."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close, without hiding the exception that comes through."""
+        if exception[0] is None:
+            self.close()
+        else:
+            with contextlib.suppress(StorageError):
+                self.close()
+
+    def _open(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover)  # of a save that was killed
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                # The other processes do not take part.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=0,
+                    active_processes={0},
+                    barrier_sync_key_prefix="main",
+                )
+                if jax.process_count() > 1
+                else ocp.options.MultiprocessingOptions(),
+                create=jax.process_count() == 1,
+            ),
+        )
+
+    def _on_main(self, work: Callable[[], T]) -> T | None:
+        """Work in the main process; raise its failure, as ours, in all of them."""
+        result: list[T] = []
+
+        def attempt() -> dict[str, Any]:
+            try:
+                result.append(work())
+            except StorageError as error:
+                return {"error": str(error)}
+            except Exception as error:  # Orbax and tensorstore raise many kinds
+                return {"error": self._explain(error)}
+            return {"error": None}
+
+        error = processes.from_main(attempt)["error"]
+        if error is not None:
+            raise StorageError(error)
+        return result[0] if result else None
+
+    def _explain(self, error: Exception) -> str:
+        text = f"{type(error).__name__}: {error}".strip()
+        existing = next(
+            p for p in (self.directory, *self.directory.parents) if p.exists()
+        )
+        free = shutil.disk_usage(existing).free
+        lowered = text.lower()
+        if (
+            "no space" in lowered
+            or "quota" in lowered
+            or "resource_exhausted" in lowered
+        ):
+            return (
+                f"{self.directory} cannot hold another checkpoint: the disk is full"
+                f" ({free:,} bytes free). Earlier checkpoints are intact; free some"
+                " space and run the same command again."
+            )
+        return (
+            f"{self.directory} cannot be used for checkpoints ({text[:500]}); {free:,}"
+            " bytes are free there. Earlier checkpoints are intact."
+        )
+
+    def latest(self) -> int | None:
+        """Number of steps that the newest complete checkpoint has seen, if any."""
+        found = self._on_main(lambda: self._opened.latest_step())
+        return processes.from_main(lambda: found)
+
+    @property
+    def _opened(self) -> ocp.CheckpointManager:
+        assert self._manager is not None  # only the main process comes here
+        return self._manager
+
+    def save(self, step: int, state: PyTree, extra: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; earlier writing is waited for.
+
+        Args:
+            step: Its number. One that exists already stays as it is.
+            state: Pytree of arrays on the host, which nobody changes any more.
+            extra: What else to keep, in JSON's types.
+
+        Raises:
+            StorageError: This checkpoint, or the one before, cannot be written.
+        """
+
+        def write() -> None:
+            manager = self._opened
+            manager.wait_until_finished()
+            if step in manager.all_steps():
+                return
+            # A NumPy scalar would come back as a wider one.
+            arrays = {n: np.asarray(leaf) for n, leaf in _flatten(state).items()}
+            record = {
+                "crc32": {name: _crc32(array) for name, array in arrays.items()},
+                "extra": extra,
+            }
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record)
+                ),
+            )
+
+        self._on_main(write)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint begun last is complete.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+
+        def finish() -> None:
+            self._opened.wait_until_finished()
+            self._opened.check_for_errors()
+
+        self._on_main(finish)
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]]:
+        """Read the newest checkpoint.
+
+        Args:
+            like: Pytree whose leaves have the shapes and dtypes to expect.
+
+        Returns:
+            The step, the state (NumPy arrays in `like`'s structure) and the extra.
+
+        Raises:
+            StorageError: There is none, it is damaged, or it is of something else.
+        """
+        step = self.latest()
+        if step is None:
+            raise StorageError(f"{self.directory} holds no complete checkpoint.")
+        found = self._on_main(lambda: self._read(step, like))
+        if jax.process_count() > 1:
+            extra = processes.from_main(lambda: found[1] if found else None)
+            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+            state = found[0] if found is not None else zeros
+            state = jax.tree.map(np.array, multihost_utils.broadcast_one_to_all(state))
+            return step, state, extra
+        assert found is not None
+        return step, *found
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        place = self.directory / str(step)
+        others = [s for s in self._opened.all_steps() if s != step]
+        before = f"from step {max(others)}" if others else "from the start"
+        cure = f"Delete {place} to go on {before}; the other checkpoints are untouched."
+        try:
+            restored = self._opened.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(), record=ocp.args.JsonRestore()
+                ),
+            )
+            arrays, record = restored["state"], restored["record"]
+            sums, extra = record["crc32"], record["extra"]
+        except Exception as error:
+            raise StorageError(
+                f"{place} is damaged ({type(error).__name__}: {str(error)[:300]})."
+                f" {cure}"
+            ) from error
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        expected = _flatten(like)
+        wrong = sorted(arrays.keys() ^ expected.keys()) or [
+            f"{name} is {arrays[name].dtype}{list(arrays[name].shape)} instead of"
+            f" {leaf.dtype}{list(leaf.shape)}"
+            for name, leaf in expected.items()
+            if (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype)
+        ]
+        if wrong:
+            more = " and more" if len(wrong) > 3 else ""
+            raise StorageError(
+                f"{place} is a checkpoint of another network or optimizer: it differs"
+                f" in {', '.join(wrong[:3])}{more}. Give another --workdir, or delete"
+                " this one's runs."
+            )
+        for name, array in arrays.items():
+            if _crc32(array) != sums.get(name):
+                raise StorageError(
+                    f"{place} is damaged: {name} does not have the check sum it was"
+                    f" saved with. {cure}"
+                )
+        leaves = [arrays[name] for name in expected]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
+
+    def close(self) -> None:
+        """Wait for what is being written, and let go of the directory."""
+
+        def shut() -> None:
+            self._opened.wait_until_finished()
+            self._opened.close()
+
+        self._on_main(shut)
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """Leaves by the name of their path, in order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Take a work directory for one job, whose settings it then belongs to.
+
+    Args:
+        workdir: Made if need be. Locked until the body ends, or the process.
+        settings: In JSON's types; kept in config.json, and compared with what is there.
+
+    Raises:
+        StorageError: Another job is at work there, settings differ in more than
+            `FREE_SETTINGS`, or the directory cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> str | None:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((workdir / ".lock").open("a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return _claim(workdir, settings)
+            except BlockingIOError:
+                return (
+                    f"{workdir} is in use by another job. Wait for it, or give another"
+                    " --workdir."
+                )
+            except OSError as error:
+                return (
+                    f"workdir is {workdir}, which cannot be written ({error}). Give"
+                    " another --workdir, or make room."
+                )
+
+        message = processes.from_main(take)
+        if message is not None:
+            raise StorageError(message)
+        yield
+
+
+def _claim(workdir: pathlib.Path, settings: dict[str, Any]) -> str | None:
+    """Write config.json, or say how the one that is there differs."""
+    path = workdir / "config.json"
+    if not path.exists():
+        write_json(path, settings)
+        return None
+    try:
+        before = json.loads(path.read_text())
+        assert isinstance(before, dict)
+    except (ValueError, AssertionError):
+        return f"{path} is not a job's configuration. Give another --workdir."
+    changed = [
+        f"{name} was {before.get(name)}, now {settings.get(name)}"
+        for name in sorted(before.keys() | settings.keys())
+        if name not in FREE_SETTINGS and before.get(name) != settings.get(name)
+    ]
+    if not changed:
+        return None
+    return (
+        f"{workdir} holds a job with other settings: {'; '.join(changed)}. Give another"
+        " --workdir for these, or the old settings to go on."
+    )

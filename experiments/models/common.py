@@ -1,0 +1,28 @@
+"""What the networks for images share."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# He et al., arXiv:1502.01852, by the outputs of a convolution.
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# What torch.nn.Linear starts from: uniform up to 1 / sqrt(inputs).
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def normalise(
+    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
+) -> jax.Array:
+    """Raw pixels in units of the data's deviation from its mean.
+
+    Args:
+        images: [batch, height, width, channels], of any real dtype.
+        mean: Of each channel, or one for all, in raw pixels.
+        std: Likewise.
+        dtype: Of the result; the arithmetic is float32.
+    """
+    channels = 1, 1, 1, -1
+    x = images.astype(jnp.float32) - jnp.array(mean).reshape(channels)
+    return (x / jnp.array(std).reshape(channels)).astype(dtype)

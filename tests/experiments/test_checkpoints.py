@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import checkpoints
+from experiments.checkpoints import Store, open_workdir
+from experiments.errors import StorageError
+
+
+def state(number, size=10):
+    rng = np.random.default_rng(number)
+    return {
+        "params": {"kernel": rng.normal(size=(size, 3)).astype(np.float32)},
+        "opt_state": (np.int32(number), rng.integers(0, 2**32, 2, dtype=np.uint32)),
+    }
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "run" / "checkpoints", keep=2) as store:
+        yield store
+
+
+def test_newest_checkpoints_are_kept_exactly(store):
+    assert store.latest() is None
+    for step in (5, 10, 15):
+        store.save(step, state(step), {"metrics": [[0.1, 1 / 3]], "step": step})
+    store.wait()
+    assert store.latest() == 15
+    assert sorted(int(p.name) for p in store.directory.iterdir()) == [10, 15]
+    step, found, extra = store.restore(state(0))
+    assert step == 15
+    assert_same(found, state(15))
+    assert extra == {"metrics": [[0.1, 1 / 3]], "step": 15}  # floats to the last bit
+
+
+def test_a_step_is_saved_once(store):
+    store.save(5, state(5), {})
+    store.save(5, state(6), {})  # a resumed run comes by again
+    assert_same(store.restore(state(0))[1], state(5))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(store):
+    with pytest.raises(StorageError, match="holds no complete checkpoint"):
+        store.restore(state(0))
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (
+            state(0, size=11),
+            r"kernel is float32\[10, 3\] instead of .*\[11, 3\]",
+        ),
+        ({"params": state(0)["params"]}, r"differs in opt_state/0, opt_state/1\."),
+        (state(0)["params"], "another network or optimizer"),
+    ],
+)
+def test_foreign_checkpoint_is_an_error(store, like, message):
+    store.save(5, state(5), {})
+    with pytest.raises(StorageError, match=message):
+        store.restore(like)
+    assert_same(store.restore(state(0))[1], state(5))  # it is still there
+
+
+def data_files(place):
+    return [p for p in place.rglob("*") if p.is_file() and p.parent.name == "d"]
+
+
+# Orbax drops its event loop when reading fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_truncated_checkpoint_is_an_error_and_the_one_before_remains(store):
+    for step in (5, 10):
+        store.save(step, state(step), {})
+    store.wait()
+    for path in data_files(store.directory / "10"):
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(StorageError, match=r"10 is damaged.*Delete .*10 to go on from"):
+        store.restore(state(0))
+    with Store(store.directory, keep=2) as again, pytest.raises(StorageError):
+        again.restore(state(0))
+    # What the message says helps.
+    subprocess.run(["rm", "-r", str(store.directory / "10")], check=True)
+    with Store(store.directory, keep=2) as again:
+        step, found, _ = again.restore(state(0))
+    assert step == 5
+    assert_same(found, state(5))
+
+
+def test_changed_bits_are_noticed(store, monkeypatch):
+    """Also where the files' own format would not: the sum is over the arrays."""
+    honest = checkpoints._crc32
+    monkeypatch.setattr(checkpoints, "_crc32", lambda array: honest(array) ^ 1)
+    store.save(5, state(5), {})
+    monkeypatch.setattr(checkpoints, "_crc32", honest)
+    with pytest.raises(StorageError, match=r"damaged: .* check sum.*from the start"):
+        store.restore(state(0))
+
+
+def test_half_a_checkpoint_does_not_count(store):
+    store.save(5, state(5), {})
+    store.close()
+    leftover = store.directory / "10.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "part").write_bytes(b"half")
+    with Store(store.directory, keep=2) as again:
+        assert again.latest() == 5
+        assert not leftover.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(options, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted: not root, or not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_full_disk_is_an_error_and_keeps_what_is_there(small_disk):
+    saved = []
+
+    def fill(store):
+        for step in range(5, 50, 5):
+            store.save(step, state(step, size=50_000), {})
+            store.wait()
+            saved.append(step)
+
+    # Random floats hardly compress: a checkpoint takes half a megabyte.
+    # Closing the store would raise once more: the save that failed is still its last.
+    with (
+        pytest.raises(StorageError, match=r"the disk is full \([\d,]+ bytes free"),
+        Store(small_disk / "c", keep=9) as store,
+    ):
+        fill(store)
+    assert saved
+    with Store(small_disk / "c", keep=9) as store:
+        step, found, _ = store.restore(state(0, size=50_000))
+    assert step == saved[-1]
+    assert_same(found, state(step, size=50_000))
+
+
+COUNTER = """
+import sys, numpy as np, pathlib
+from experiments.checkpoints import Store
+with Store(pathlib.Path(sys.argv[1]), keep=2) as store:
+    step = 0
+    if store.latest() is not None:
+        step, state, extra = store.restore({"x": np.zeros(200_000)})
+        assert np.all(state["x"] == step) and extra == {"step": step}, step
+    print("ready", flush=True)
+    while True:
+        step += 1
+        store.save(step, {"x": np.full(200_000, float(step))}, {"step": step})
+"""
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
+    rng, last = np.random.default_rng(int(time.time())), 0
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", COUNTER, str(tmp_path / "c")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout.readline() == b"ready\n", process.stderr.read()
+            time.sleep(rng.uniform(0.05, 0.6))
+            process.send_signal(signal.SIGKILL)
+        with Store(tmp_path / "c", keep=2) as store:
+            newest = store.latest()
+            if newest is None:  # killed during the very first save
+                continue
+            step, found, extra = store.restore({"x": np.zeros(200_000)})
+        assert step == newest >= last
+        assert extra == {"step": step}
+        assert np.all(found["x"] == step)
+        last = step
+    assert last > 0
+
+
+def test_workdir_belongs_to_its_settings(tmp_path):
+    settings = {"epochs": 4, "workdir": "a", "widths": [4, 4]}
+    with open_workdir(tmp_path / "w", settings):
+        pass
+    with open_workdir(tmp_path / "w", {**settings, "workdir": "b"}):
+        pass  # free to change
+    changed = {**settings, "epochs": 5, "widths": [8]}
+    with (
+        pytest.raises(
+            StorageError,
+            match=r"epochs was 4, now 5; widths was \[4, 4\], now \[8\]\. Give another",
+        ),
+        open_workdir(tmp_path / "w", changed),
+    ):
+        pass
+    assert json.loads((tmp_path / "w" / "config.json").read_text()) == settings
+
+
+def test_workdir_has_one_job_at_a_time(tmp_path):
+    with (
+        open_workdir(tmp_path, {}),
+        pytest.raises(StorageError, match="is in use by another job"),
+        open_workdir(tmp_path, {}),
+    ):
+        pass
+    with open_workdir(tmp_path, {}):
+        pass  # the first has let go
+
+
+def test_workdir_that_is_none(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with (
+        pytest.raises(StorageError, match=r"which cannot be written .*File exists"),
+        open_workdir(file, {}),
+    ):
+        pass
+    (tmp_path / "config.json").write_text("not json")
+    with (
+        pytest.raises(StorageError, match="is not a job's configuration"),
+        open_workdir(tmp_path, {}),
+    ):
+        pass
+
+
+def test_free_settings_exist():
+    from experiments.settings import Config
+
+    assert set(Config.__dataclass_fields__) >= checkpoints.FREE_SETTINGS

@@ -1,0 +1,125 @@
+import io
+
+import matplotlib.image
+import numpy as np
+import pytest
+import rich.console
+
+from experiments import curves, report
+from experiments.metrics import LogError, open_log, read_log
+from experiments.style import BLUE, GREEN, ORANGE
+
+
+def arm(name, epochs, first_epoch=0, averages_from=None, parent=None):
+    return {
+        "name": name,
+        "label": name.upper(),
+        "epochs": epochs,
+        "first_epoch": first_epoch,
+        "averages_from": averages_from,
+        "parent": parent,
+        "steps_per_epoch": 10,
+    }
+
+
+def write(workdir, arms, dataset="digits", stop=None):
+    """The log of a job, as far as epoch `stop` of its last arm."""
+    header = {"config": {"name": dataset, "dataset": dataset, "seeds": 2}, "arms": arms}
+    with open_log(workdir, header) as log:
+        for number, each in enumerate(arms):
+            run = {"arm": each["name"], "seed": 0}
+            last = stop if stop and number == len(arms) - 1 else each["epochs"]
+            for epoch in range(each["first_epoch"] + 1, last + 1):
+                step = 10 * (epoch - each["first_epoch"])
+                rate = (1 + number) / epoch
+                log.write("step", **run, step=step, loss=1.0, learning_rate=rate)
+                log.write("train", **run, epoch=epoch, step=step, loss=1 / epoch)
+                kinds = ["iterate"]
+                if each["averages_from"] and epoch >= each["averages_from"]:
+                    kinds.append("average")
+                for weights in kinds:
+                    better = 0.02 * (weights == "average")
+                    accuracy = 0.9 - 0.8 / epoch + better - 0.01 * number
+                    values = {"accuracy": accuracy, "loss": 3 - accuracy}
+                    log.write("test", **run, epoch=epoch, weights=weights, **values)
+            if last == each["epochs"]:
+                log.write("finished", **run)
+    return workdir
+
+
+SIDE_BY_SIDE = [arm("sgd", 12), arm("swa2", 12, 0, 11), arm("swa4", 12, 0, 9)]
+FINE_TUNE = [
+    arm("converged", 8),
+    arm("swa", 12, 8, 9, "converged"),
+    arm("control", 12, 8, None, "converged"),
+]
+
+
+def pixels(content):
+    return matplotlib.image.imread(io.BytesIO(content), format="png")[..., :3]
+
+
+def hits(image, colour):
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.all(np.abs(image - rgb) < 0.02, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("arms", "colours"),
+    [(SIDE_BY_SIDE, (BLUE, ORANGE)), (FINE_TUNE, (BLUE, ORANGE, GREEN))],
+)
+@pytest.mark.parametrize("dataset", ["digits", "shakespeare"])
+def test_curves_show_every_arm(tmp_path, arms, colours, dataset):
+    log = read_log(write(tmp_path, arms, dataset) / "metrics.jsonl")
+    image = pixels(curves.plot_curves(log))
+    height, width, _ = image.shape
+    assert (height >= 800, width >= 1000) == (True, True)
+    for colour in colours:
+        # In the panel of the rates above and in that of the scores below.
+        assert hits(image[: height // 3], colour).sum() > 50, colour
+        assert hits(image[height // 2 :], colour).sum() > 50, colour
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+def test_a_job_at_work_has_curves_too(tmp_path, stop):
+    log = read_log(write(tmp_path, SIDE_BY_SIDE[:1], stop=stop) / "metrics.jsonl")
+    assert pixels(curves.plot_curves(log)).shape[2] == 3
+
+
+def test_a_job_that_has_only_begun_has_empty_curves(tmp_path):
+    with open_log(tmp_path, {"config": {"name": "x", "dataset": "x"}, "arms": []}):
+        pass
+    log = read_log(tmp_path / "metrics.jsonl")
+    log = log._replace(arms=SIDE_BY_SIDE)
+    assert pixels(curves.plot_curves(log)).shape[2] == 3
+
+
+def test_limits_show_the_end_of_training():
+    low, high = curves._limits([80.0, 90.0], text=False)
+    assert 75 < low < 80
+    assert 90 < high < 93
+    assert curves._limits([99.9, 100.0], text=False)[1] == 100.0
+
+
+def test_report_tells_the_state_of_every_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    write(tmp_path, FINE_TUNE, stop=10)
+    assert report.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    rows = {
+        line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line
+    }
+    assert "finished" in rows["converged seed 0"]
+    assert "not begun" in rows["converged seed 1"]
+    assert "epoch 10 of 12" in rows["control seed 0"]
+    # An averaging arm's score is its average's: 0.9 - 0.8 / 12 + 0.02 - 0.01.
+    assert "84.33" in rows["swa seed 0"]
+    assert (tmp_path / "curves.png").is_file()
+    assert not (tmp_path / "width.png").exists()
+
+
+def test_report_of_no_job_is_an_error(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "error: " in capsys.readouterr().err
+    with pytest.raises(LogError, match="name the --workdir of a job"):
+        report.report(tmp_path, rich.console.Console(file=io.StringIO()))

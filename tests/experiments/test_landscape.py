@@ -1,0 +1,81 @@
+import io
+
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import landscape
+
+
+def test_directions_are_uniform_unit_vectors():
+    found = landscape.random_directions(3, 4000, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    # Uniform on the sphere: mean 0, and covariance 1/3 of the identity.
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=0.03)
+    np.testing.assert_allclose(found.T @ found / 4000, np.eye(3) / 3, atol=0.03)
+    np.testing.assert_array_equal(found, landscape.random_directions(3, 4000, seed=0))
+    assert np.any(found != landscape.random_directions(3, 4000, seed=1))
+
+
+def test_plane_basis_is_orthonormal_and_goes_through_the_points():
+    points = np.random.default_rng(0).normal(size=(3, 7))
+    axes, coordinates = landscape.plane_basis(points)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(2), atol=1e-12)
+    np.testing.assert_allclose(points[0] + coordinates @ axes, points, atol=1e-12)
+    np.testing.assert_allclose(coordinates[0], 0, atol=1e-12)
+    assert coordinates[1, 1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("last", [0.0, 2.0])
+def test_points_on_a_line_have_no_plane(last):
+    direction = np.arange(1.0, 5.0)
+    points = np.stack([0 * direction, direction, last * direction])
+    with pytest.raises(ValueError, match="points lie on a line"):
+        landscape.plane_basis(points)
+
+
+@pytest.fixture
+def measured():
+    """A bowl: the loss is the squared distance from `sgd`, the error ten times that."""
+    solutions = {
+        "sgd": {"a": jnp.zeros((2, 2)), "b": jnp.zeros(1)},
+        "swa": {"a": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "b": jnp.zeros(1)},
+        "last": {"a": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "b": jnp.array([4.0])},
+    }
+
+    def score(params):
+        loss = float(jnp.sum(params["a"] ** 2) + jnp.sum(params["b"] ** 2))
+        return loss, 10 * loss
+
+    return landscape.measure(score, solutions, num_rays=2, num_radii=3, grid=5)
+
+
+def test_measures_a_bowl(measured):
+    assert measured["distance"] == pytest.approx(3)
+    radii = np.array(measured["rays"]["radii"])
+    np.testing.assert_allclose(radii, [0, 4, 8, 12])
+    sgd, swa = measured["rays"]["surfaces"].values()
+    np.testing.assert_allclose(sgd["train_loss"], [radii**2] * 2, rtol=1e-5)
+    np.testing.assert_allclose(swa["train_loss"], np.array(swa["test_error"]) / 10)
+    np.testing.assert_allclose(np.array(swa["train_loss"])[:, 0], 9, rtol=1e-5)
+    segment = measured["segment"]
+    expected = np.square(segment["positions"])
+    np.testing.assert_allclose(segment["train_loss"], expected, rtol=1e-5, atol=1e-6)
+    plane = measured["plane"]
+    x, y = np.meshgrid(plane["x"], plane["y"])
+    np.testing.assert_allclose(plane["train_loss"], x**2 + y**2, rtol=1e-4, atol=1e-5)
+    expected = [[0, 0], [3, 0], [3, 4]]
+    np.testing.assert_allclose(plane["points"], expected, atol=1e-6)
+    # The plane shows all three points, with room around them.
+    assert min(plane["x"]) < 0 < 3 < max(plane["x"])
+    assert min(plane["y"]) < 0 < 4 < max(plane["y"])
+
+
+def test_plot_shows_both_solutions(measured):
+    content = landscape.plot_width(measured, "a bowl")
+    pixels = matplotlib.image.imread(io.BytesIO(content), format="png")[..., :3]
+    for colour in ((0x1F, 0x77, 0xB4), (0xD9, 0x48, 0x0F)):
+        hits = np.all(np.abs(pixels - np.array(colour) / 255) < 0.02, axis=-1)
+        halves = np.array_split(hits, 2)  # train loss above, test error below
+        assert all(half.sum() > 100 for half in halves)

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.metrics import LogError, open_log, read_log
+
+HEADER = {"config": {"name": "digits", "seeds": 2}, "arms": [{"name": "sgd"}]}
+RUN = {"arm": "sgd", "seed": 0}
+
+
+def write(workdir):
+    with open_log(workdir, HEADER) as log:
+        log.write("step", **RUN, step=1, loss=0.75, learning_rate=0.5)
+        log.write("test", **RUN, epoch=1, weights="iterate", accuracy=0.25, loss=2.0)
+        log.write(
+            "train",
+            **RUN,
+            epoch=1,
+            step=3,
+            loss=0.5,
+            accuracy=0.75,
+            learning_rate=0.25,
+            examples_per_second=8.0,
+        )
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path):
+    write(tmp_path)
+    (directory,) = (tmp_path / "tensorboard").iterdir()
+    assert directory.name == "sgd-seed0"
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    found = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+    assert found == {
+        "step/loss": [(1, 0.75)],
+        "step/learning_rate": [(1, 0.5)],
+        "test/iterate/accuracy": [(1, 0.25)],
+        "test/iterate/loss": [(1, 2.0)],
+        "train/loss": [(3, 0.5)],
+        "train/accuracy": [(3, 0.75)],
+        "train/learning_rate": [(3, 0.25)],
+        "train/examples_per_second": [(3, 8.0)],
+        "train/epoch": [(3, 1.0)],
+    }
+
+
+def test_a_resumed_log_counts_the_last_of_each_event(tmp_path):
+    write(tmp_path)
+    with open_log(tmp_path, HEADER) as log:
+        log.write("resumed", **RUN, step=0)
+        log.write("step", **RUN, step=1, loss=0.5, learning_rate=0.5)
+        log.write("step", arm="sgd", seed=1, step=1, loss=9.0, learning_rate=0.5)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.count('"event": "config"') == 1
+    log = read_log(tmp_path / "metrics.jsonl")
+    assert log.config == HEADER["config"]
+    assert [line["loss"] for line in log.of("step", "sgd", 0)] == [0.5]
+    assert [line["loss"] for line in log.of("step", "sgd", 1)] == [9.0]
+    assert len(log.of("test", "sgd", 0)) == 1
+
+
+def test_half_a_line_is_none(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    whole = read_log(path)
+    with path.open("a") as file:
+        file.write('{"event": "step", "arm"')
+    assert read_log(path) == whole
+    with open_log(tmp_path, HEADER) as log:  # the next job cuts it off
+        log.write("finished", **RUN)
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[-1])["event"] == "finished"
+    assert [json.loads(line) for line in lines]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with open_log(tmp_path / "run", HEADER, enabled=False) as log:
+        log.write("step", **RUN, step=1, loss=0.75, learning_rate=0.5)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", "no json\n", '{"event": "step"}\n', "[1]\n"])
+def test_what_is_no_log_is_an_error(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(LogError, match="cannot be read"):
+        read_log(path)
+    path.write_text(content)
+    with pytest.raises(LogError, match="does not begin with a job's configuration"):
+        read_log(path)

@@ -1,0 +1,101 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from experiments import configs, plans
+
+
+def cosine(peak, share):
+    return peak * (1 + math.cos(math.pi * min(share, 1))) / 2
+
+
+def by_name(config):
+    return {arm.name: arm for arm in plans.make_arms(config)}
+
+
+def test_side_by_side(tiny):
+    config = dataclasses.replace(tiny, learning_rate=0.4, swa_lr=0.1)
+    arms = by_name(config)
+    assert list(arms) == ["sgd", "swa1", "swa3"]
+    assert {arm.epochs for arm in arms.values()} == {4}
+    assert [arm.averages_from for arm in arms.values()] == [None, 4, 2]
+    # 5 steps an epoch; SGD's cosine ends at 0 after 20, SWA's at 0.1 after 5.
+    sgd, swa = (plans.learning_rates(arms[name], 5) for name in ("sgd", "swa3"))
+    expected = [cosine(0.4, step / 20) for step in range(20)]
+    np.testing.assert_allclose(sgd, expected, rtol=1e-5, atol=1e-7)
+    expected = [0.1 + cosine(0.3, step / 5) for step in range(20)]
+    np.testing.assert_allclose(swa, expected, rtol=1e-5)
+    # The ablation without BatchNorm pass is shown for the longest window.
+    weights = {name: [r.weights for r in arm.readouts] for name, arm in arms.items()}
+    assert weights == {
+        "sgd": ["iterate"],
+        "swa1": ["average"],
+        "swa3": ["average", "average, no BatchNorm pass"],
+    }
+
+
+def test_fine_tune(tiny_fine_tune):
+    arms = by_name(tiny_fine_tune)
+    assert list(arms) == ["converged", "swa", "control", "sgd5", "sgd7"]
+    assert {name: arm.epochs for name, arm in arms.items()} == {
+        "converged": 4,
+        "swa": 7,
+        "control": 7,
+        "sgd5": 5,
+        "sgd7": 7,
+    }
+    for name in ("swa", "control"):
+        assert (arms[name].parent, arms[name].first_epoch) == ("converged", 4)
+    assert arms["swa"].averages_from == 5
+    # Three further epochs of two steps each, at the arm's own constant rate.
+    for name, rate in (("swa", 0.05), ("control", 0.01)):
+        rates = plans.learning_rates(arms[name], 2)
+        np.testing.assert_array_equal(rates, np.full(6, rate, np.float32))
+    np.testing.assert_allclose(
+        plans.learning_rates(arms["sgd7"], 2),
+        [cosine(0.1, step / 14) for step in range(14)],
+        rtol=1e-5,
+        atol=1e-8,
+    )
+    assert [(r.epoch, r.weights) for r in arms["swa"].readouts] == [
+        (5, "average"),
+        (7, "average"),
+        (7, "average, no BatchNorm pass"),
+        (7, "iterate"),
+    ]
+    assert [r.epoch for r in arms["control"].readouts] == [5, 7]
+
+
+def test_budgets_are_the_original_repositorys():
+    """Constant to half, linear to 0.9, then 0.01 of the first rate, or `swa_lr`."""
+    _, config = configs.EXPERIMENTS["cifar10_vgg16"]
+    arms = by_name(config)
+    assert list(arms) == ["sgd1", "sgd1.25", "sgd1.5", "swa"]
+
+    def original(epoch, lr, total, ratio):
+        t = epoch / total
+        if t <= 0.5:
+            return lr
+        if t <= 0.9:
+            return lr * (1 - (1 - ratio) * (t - 0.5) / 0.4)
+        return lr * ratio
+
+    for name, total, ratio in (("sgd1.25", 250, 0.01), ("swa", 161, 0.2)):
+        rates = plans.learning_rates(arms[name], 1)
+        expected = [original(e, 0.05, total, ratio) for e in range(len(rates))]
+        np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+    assert [r.epoch for r in arms["swa"].readouts] == [200, 250, 300]
+
+
+@pytest.mark.parametrize("name", configs.EXPERIMENTS)
+def test_every_experiment_has_a_plan(name):
+    arms = plans.make_arms(configs.EXPERIMENTS[name][1])
+    seen = set()
+    for arm in arms:
+        assert arm.parent is None or arm.parent in seen  # parents come first
+        seen.add(arm.name)
+        assert max(r.epoch for r in arm.readouts) == arm.epochs
+        assert len({r.label for r in arm.readouts}) == len(arm.readouts)
+    assert any(arm.averages_from for arm in arms)

@@ -1,0 +1,130 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import rich.console
+import scipy.stats
+
+from experiments import files, plans, results
+from experiments.results import Row, Score
+
+
+def row(label, arm, epoch, accuracy, loss, weights="iterate", method="sgd"):
+    return Row(label, method, arm, epoch, weights, accuracy, loss, [0.1] * len(loss))
+
+
+ROWS = [
+    row("SGD", "sgd", 4, [0.97, 0.98, 0.99], [0.1, 0.2, 0.3]),
+    row("SWA", "swa1", 4, [0.98, 0.98, 1.0], [0.1, 0.1, 0.1], "average", "swa"),
+]
+
+
+def test_standard_deviation_is_that_of_a_sample():
+    # Deviations -1, 0, 1: variance 2 / (3 - 1) = 1; dividing by 3 would give 0.82.
+    assert results.mean_and_std([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert results.mean_and_std([0.98765], 4) == "0.9877"
+
+
+def test_comparison_is_a_paired_test_over_seeds(tiny):
+    (found,) = results.compare(ROWS, plans.make_arms(tiny))
+    assert (found.row, found.against) == ("SWA", "SGD")
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.loss == pytest.approx(-0.1)
+    a, b = np.array(ROWS[1].accuracy), np.array(ROWS[0].accuracy)
+    oracle = scipy.stats.ttest_rel(a, b)
+    # By hand: differences 1, 0, 1 have mean 2/3, deviation sqrt(1/3), so t = 2.
+    assert found.accuracy_t == pytest.approx(2.0)
+    assert found.accuracy_t == pytest.approx(oracle.statistic)
+    assert found.accuracy_p == pytest.approx(oracle.pvalue)
+
+
+def test_averages_meet_plain_training_as_long_and_their_parent(tiny_fine_tune):
+    arms = plans.make_arms(tiny_fine_tune)
+    rows = list(results.make_rows(arms).values())
+    rng = np.random.default_rng(0)
+    for each in rows:
+        for _ in range(2):
+            each.add(Score(*rng.random(3)))
+    pairs = {(c.row, c.against) for c in results.compare(rows, arms)}
+    assert pairs == {
+        ("SWA, 1 more epochs", "SGD, 4 epochs"),
+        ("SWA, 1 more epochs", "control, 1 more epochs (0.01)"),
+        ("SWA, 1 more epochs", "SGD, 5 epochs"),
+        ("SWA, 3 more epochs", "SGD, 4 epochs"),
+        ("SWA, 3 more epochs", "control, 3 more epochs (0.01)"),
+        ("SWA, 3 more epochs", "SGD, 7 epochs"),
+        ("SWA, 3 more epochs", "its last iterate (0.05)"),
+    }
+
+
+def test_equal_differences_have_no_test(tiny):
+    same = [row("SGD", "sgd", 4, [0.5, 0.5], [1.0, 2.0])]
+    same += [row("SWA", "swa1", 4, [0.6, 0.6], [1.0, 2.0], "average", "swa")]
+    (found,) = results.compare(same, plans.make_arms(tiny))
+    assert np.isnan(found.accuracy_p)
+    assert np.isnan(found.loss_p)
+
+
+def test_one_seed_has_no_test(tiny):
+    one = [row(r.label, r.arm, 4, [0.5], [1.0], r.weights, r.method) for r in ROWS]
+    assert results.compare(one, plans.make_arms(tiny)) == []
+
+
+def test_markdown(tiny):
+    comparisons = results.compare(ROWS, plans.make_arms(tiny))
+    assert results.make_markdown(ROWS, comparisons) == (
+        "| Method | Test accuracy (%) | Test loss | Train loss |\n"
+        "|---|---:|---:|---:|\n"
+        "| SGD | 98.00 ± 1.00 | 0.2000 ± 0.1000 | 0.1000 ± 0.0000 |\n"
+        "| SWA | 98.67 ± 1.15 | 0.1000 ± 0.0000 | 0.1000 ± 0.0000 |\n"
+        "\n"
+        "| Average | Against | Accuracy (points) | Loss (nats) |\n"
+        "|---|---|---:|---:|\n"
+        "| SWA | SGD | +0.67 (t 2.0, p 0.184) | -0.1000 (t -1.7, p 0.225) |\n"
+    )
+
+
+def test_tables_show_every_row(tiny):
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    comparisons = results.compare(ROWS, plans.make_arms(tiny))
+    for table in results.make_tables(tiny, ROWS, comparisons):
+        console.print(table)
+    shown = console.file.getvalue()
+    assert "digits: test split, mean ± sample std of 2 seeds" in shown
+    for text in ("98.00 ± 1.00", "0.1000 ± 0.0000", "+0.67 (t 2.0, p 0.184)"):
+        assert text in shown
+
+
+def test_row_collects_seeds():
+    one, other = (Row("SGD", "sgd", "sgd", 4, "iterate") for _ in range(2))
+    one.add(Score(0.9, 0.5, 0.1))
+    one.add(Score(0.8, 0.6, 0.2))
+    assert (one.accuracy, one.loss) == ([0.9, 0.8], [0.5, 0.6])
+    assert one.train_loss == [0.1, 0.2]
+    assert other.accuracy == []
+
+
+def test_results_hold_the_configuration_and_every_seed(tiny):
+    results.write_results(tiny, ROWS, results.compare(ROWS, plans.make_arms(tiny)))
+    found = json.loads((tiny.workdir / "results.json").read_text())
+    assert set(found) == {"config", "rows", "comparisons"}
+    assert found["config"] == results.config_dict(tiny)
+    assert found["config"]["swa_epochs"] == [1, 3]
+    assert found["config"]["workdir"] == str(tiny.workdir)
+    assert found["rows"][0]["accuracy"] == [0.97, 0.98, 0.99]
+    written = {path.name for path in tiny.workdir.iterdir()}
+    assert written == {"results.json", "results.md"}  # no drafts left
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file.json"
+    files.write_json(path, {"old": 1})
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
