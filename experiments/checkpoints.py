@@ -35,6 +35,7 @@ FREE_SETTINGS = frozenset(
     {
         "workdir",
         "data_dir",
+        "seeds",  # of finished runs, as many as are asked for are shown
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
@@ -322,7 +323,7 @@ def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[No
 
 
 def _claim(workdir: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """Write config.json, or say how the one that is there differs."""
+    """Write config.json, or say in what the one that is there may not differ."""
     path = workdir / "config.json"
     if not path.exists():
         write_json(path, settings)
@@ -338,6 +339,7 @@ def _claim(workdir: pathlib.Path, settings: dict[str, Any]) -> str | None:
         if name not in FREE_SETTINGS and before.get(name) != settings.get(name)
     ]
     if not changed:
+        write_json(path, settings)  # free ones may differ
         return None
     return (
         f"{workdir} holds a job with other settings: {'; '.join(changed)}. Give another"

@@ -71,8 +71,9 @@ def _run_all(
         progress_bar(console, total, config.batch_size) as bar,
     ):
         outputs = Outputs(Scorer(config, splits), log, bar, stopper)
-        for name, arm in compiled.items():
-            for seed in range(config.seeds):
+        # A seed at a time, so that a table can be built up seed by seed.
+        for seed in range(config.seeds):
+            for name, arm in compiled.items():
                 if scores[name, seed] is not None:
                     bar.skip_run(f"{name} seed {seed}", arm.steps)
                     continue

@@ -89,18 +89,22 @@ def open_log(
 
     Args:
         workdir: Where they are; made if need be.
-        header: The first line of a new log.
+        header: The first line of a new log. Where a job goes on with another one (more
+            seeds, say), it is written once more, and the last one counts.
         enabled: False in all processes of a job but one: writing does nothing.
     """
     if not enabled:
         yield Log(workdir, None)
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    known = False
     path = workdir / "metrics.jsonl"
-    new = not path.exists() or path.stat().st_size == 0
+    with contextlib.suppress(LogError):
+        before = read_log(path)
+        known = {"config": before.config, "arms": before.arms} == header
     with _complete_lines(path).open("a") as file:
         log = Log(workdir, file)
-        if new:
+        if not known:
             log.write("config", **header)
         try:
             yield log
@@ -156,6 +160,9 @@ def read_log(path: pathlib.Path) -> ParsedLog:
         ) from error
     last: dict[tuple[Any, ...], Line] = {}
     for line in lines:
+        if line["event"] == "config":
+            config, arms = line["config"], line["arms"]
+            continue
         at = line.get("epoch", line.get("step")), line.get("weights")
         key = line["event"], line["arm"], line["seed"], *at
         last.pop(key, None)  # so that it moves to the end

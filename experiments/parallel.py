@@ -137,7 +137,10 @@ def _pmap() -> Strategy:
             donate_argnums=0,
         ),
         fetch=lambda state: jax.tree.map(
-            lambda x: x.addressable_data(0).reshape(x.shape[1:]), state
+            lambda x: x.addressable_data(0).reshape(x.shape[1:]),
+            # On CPU, work for one device queued behind a step in which the devices wait
+            # for each other may take the thread that one of them needs.
+            jax.block_until_ready(state),
         ),
     )
 
@@ -194,5 +197,7 @@ def _global_arrays(
         place_state=placing(replicated),
         place_batch=placing(rows),
         compile=compile_step,
-        fetch=lambda state: jax.tree.map(lambda x: x.addressable_data(0), state),
+        fetch=lambda state: jax.tree.map(
+            lambda x: x.addressable_data(0), jax.block_until_ready(state)
+        ),
     )

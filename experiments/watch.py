@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+import swa_jax
 from experiments import data, processes
 from experiments.curves import plot_curves
 from experiments.evaluate import evaluate, make_batch_stats_fn
@@ -16,8 +17,6 @@ from experiments.networks import make_model
 from experiments.runs import final_state
 from experiments.settings import Config
 from experiments.train import CompiledArm, TrainState
-
-import swa_jax  # isort: skip
 
 # Examples behind each point of width.png: hundreds of points are scored.
 WIDTH_EXAMPLES = {"images": 2000, "text": 400}

@@ -1,5 +1,7 @@
 """What the networks for images share."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,3 +28,23 @@ def normalise(
     channels = 1, 1, 1, -1
     x = images.astype(jnp.float32) - jnp.array(mean).reshape(channels)
     return (x / jnp.array(std).reshape(channels)).astype(dtype)
+
+
+def batch_norm(
+    train: bool, dtype: Any, axis_name: str | None, momentum: float = 0.9
+) -> Callable[..., nn.BatchNorm]:
+    """Make BatchNorm layers; each takes what else `flax.linen.BatchNorm` takes.
+
+    Args:
+        train: Normalise by the batch and update the running statistics.
+        dtype: Dtype to compute in; the statistics are float32.
+        axis_name: Mapped axis over which to average the moments.
+        momentum: Share of the old running statistics that stays.
+    """
+    return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=momentum,
+        dtype=dtype,
+        axis_name=axis_name,
+    )

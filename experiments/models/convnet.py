@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.common import batch_norm
+
 
 class ConvNet(nn.Module):
     """3x3 convolutions with BatchNorm and ReLU, average pooling, a dense head.
@@ -40,16 +42,12 @@ class ConvNet(nn.Module):
                 ones (collection `batch_stats`), instead of reading those.
         """
         x = images.astype(jnp.float32) / self.pixel_max - 0.5
+        norm = batch_norm(train, self.dtype, self.axis_name)
         for width, stride in zip(self.widths, self.strides, strict=True):
             # BatchNorm subtracts the mean, so a bias before it would do nothing.
             x = nn.Conv(
                 width, (3, 3), strides=stride, use_bias=False, dtype=self.dtype
             )(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-            )(x)
+            x = norm()(x)
             x = nn.relu(x)
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))

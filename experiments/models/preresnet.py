@@ -13,7 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import he_normal_fan_out, normalise, torch_uniform
+from experiments.models.common import (
+    batch_norm,
+    he_normal_fan_out,
+    normalise,
+    torch_uniform,
+)
 
 
 class _Bottleneck(nn.Module):
@@ -79,13 +84,7 @@ class PreResNet(nn.Module):
             kernel_init=he_normal_fan_out,
             padding="SAME_LOWER",
         )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train, self.dtype, self.axis_name)
         x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
         x = conv(16, (3, 3))(x)
         for stage in range(3):

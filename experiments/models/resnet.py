@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import he_normal_fan_out, normalise
+from experiments.models.common import batch_norm, he_normal_fan_out, normalise
 
 #: Bottlenecks per stage, by the name of the network.
 STAGES = {
@@ -95,13 +95,7 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             kernel_init=he_normal_fan_out,
         )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.momentum,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train, self.dtype, self.axis_name, self.momentum)
         x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
         x = conv(64, (7, 7), (2, 2), name="stem")(x)
         x = nn.relu(norm(name="stem_norm")(x))

@@ -10,7 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import he_normal_fan_out, normalise, torch_uniform
+from experiments.models.common import (
+    batch_norm,
+    he_normal_fan_out,
+    normalise,
+    torch_uniform,
+)
 
 #: Channels of the convolutions between two poolings.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -48,18 +53,14 @@ class VGG16(nn.Module):
                 running ones (collection `batch_stats`), instead of reading those.
         """
         x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        norm = batch_norm(train, self.dtype, self.axis_name)
         for widths in STAGES:
             for width in widths:
                 x = nn.Conv(
                     width, (3, 3), dtype=self.dtype, kernel_init=he_normal_fan_out
                 )(x)
                 if self.batch_norm:
-                    x = nn.BatchNorm(
-                        use_running_average=not train,
-                        momentum=0.9,
-                        dtype=self.dtype,
-                        axis_name=self.axis_name,
-                    )(x)
+                    x = norm()(x)
                 x = nn.relu(x)
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)

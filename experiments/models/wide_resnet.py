@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import normalise, torch_uniform
+from experiments.models.common import batch_norm, normalise, torch_uniform
 
 # Glorot and Bengio 2010, uniform, scaled for ReLU.
 _xavier_uniform = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
@@ -83,13 +83,7 @@ class WideResNet(nn.Module):
         conv = functools.partial(
             nn.Conv, dtype=self.dtype, kernel_init=_xavier_uniform, padding="SAME_LOWER"
         )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train, self.dtype, self.axis_name)
         x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
         x = conv(16, (3, 3))(x)
         for stage in range(3):

@@ -210,7 +210,8 @@ def test_workdir_belongs_to_its_settings(tmp_path):
         open_workdir(tmp_path / "w", changed),
     ):
         pass
-    assert json.loads((tmp_path / "w" / "config.json").read_text()) == settings
+    found = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert found == {**settings, "workdir": "b"}  # what ran last
 
 
 def test_workdir_has_one_job_at_a_time(tmp_path):

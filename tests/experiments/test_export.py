@@ -1,6 +1,8 @@
 import dataclasses
 import io
 import json
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from safetensors.flax import load_file
 from experiments import configs, data, export, plans, runs
 from experiments.compare import train_and_evaluate
 from experiments.networks import make_model
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,17 @@ def test_exported_network_is_the_averaged_one(job, capsys):
     restored = ocp.StandardCheckpointer().restore((out / "orbax").absolute())
     assert jax.tree.structure(restored) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, restored, variables)
+
+
+def test_readme_shows_how_to_load_it(job, capsys):
+    export.main([str(job.workdir)])
+    (snippet,) = re.findall(r"```py\n(.*?)```", README.read_text(), re.DOTALL)
+    assert "runs/digits" in snippet
+    capsys.readouterr()
+    exec(snippet.replace("runs/digits", str(job.workdir)), {})
+    accuracy = float(capsys.readouterr().out.split()[-1])
+    expected = metadata(job.workdir / "export")["test_accuracy"]
+    assert accuracy == pytest.approx(float(expected), abs=1e-6)
 
 
 def metadata(out):

@@ -76,8 +76,8 @@ def test_digits_end_to_end(run, capsys):
     ]
     assert reports == [
         (arm, seed, epoch)
-        for arm in ("sgd", "swa1", "swa3")
         for seed in range(2)
+        for arm in ("sgd", "swa1", "swa3")
         for epoch in range(1, 5)
     ]
     tests = [line for line in lines if line["event"] == "test"]

@@ -58,6 +58,14 @@ def test_a_resumed_log_counts_the_last_of_each_event(tmp_path):
     assert text.count('"event": "config"') == 1
     log = read_log(tmp_path / "metrics.jsonl")
     assert log.config == HEADER["config"]
+    more = {**HEADER, "config": {"name": "digits", "seeds": 3}}
+    for _ in range(2):
+        with open_log(tmp_path, more):
+            pass
+    assert read_log(tmp_path / "metrics.jsonl")._replace(config=log.config) == log
+    assert read_log(tmp_path / "metrics.jsonl").config["seeds"] == 3
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.count('"event": "config"') == 2
     assert [line["loss"] for line in log.of("step", "sgd", 0)] == [0.5]
     assert [line["loss"] for line in log.of("step", "sgd", 1)] == [9.0]
     assert len(log.of("test", "sgd", 0)) == 1

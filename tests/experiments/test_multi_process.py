@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -56,6 +58,14 @@ class Job:
         """Exit statuses and what each printed to its two streams."""
         outputs = [p.communicate(timeout=timeout) for p in self._processes]
         return [p.returncode for p in self._processes], outputs
+
+    def running(self):
+        """Whether none has ended yet."""
+        return all(process.poll() is None for process in self._processes)
+
+    def terminate(self, number):
+        """Send SIGTERM to one of them."""
+        self._processes[number].terminate()
 
     def stop(self):
         for process in self._processes:
@@ -175,3 +185,33 @@ def test_distributed_without_a_cluster_is_an_error(job):
     assert status == 1
     assert message.startswith("error: distributed is set, but JAX recognises no clust")
     assert "Give --coordinator-address" in message
+
+
+def test_sigterm_to_one_process_saves_the_job_and_all_go_on(job, prepared, tmp_path):
+    args = [*TINY, *prepared, "--epochs", "60", "--parallel", "jit", "--log-every", "1"]
+    workdir = tmp_path / "run"
+    workdirs = [str(workdir), str(tmp_path / "other")]
+    start_by_flags(job, args, workdirs)
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and '"step"' in log.read_text()):
+        assert job.running(), job.wait()
+        time.sleep(0.01)
+    job.terminate(1)
+    statuses, outputs = job.wait()
+    assert statuses == [143, 143], outputs
+    pattern = r"stopped at step (\d+) of 180 in run sgd-seed0"
+    (stopped,) = re.findall(pattern, outputs[0][1])
+
+    again = Job()
+    try:
+        start_by_flags(again, args, workdirs)
+        statuses, outputs = again.wait()
+    finally:
+        again.stop()
+    assert statuses == [0, 0], outputs
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (resumed,) = (event for event in events if event["event"] == "resumed")
+    assert resumed["step"] == int(stopped)
+    steps = [e["step"] for e in events if e["event"] == "step" and e["arm"] == "sgd"]
+    assert steps == list(range(1, 181))  # none twice, none missing
+    assert results(workdir)[0]["loss"][0] > 0

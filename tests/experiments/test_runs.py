@@ -128,6 +128,25 @@ def test_changed_settings_are_an_error_and_lose_nothing(whole):
     assert final_arrays(whole.workdir) == before
 
 
+def test_seeds_are_added_to_finished_ones(tiny, monkeypatch):
+    one = dataclasses.replace(tiny, seeds=1)
+    train_and_evaluate(one, quiet())
+    before = scores(one.workdir)
+    trained = []
+    real = runs.train
+
+    def recording(config, compiled, seed, *args, **kwargs):
+        trained.append((compiled.arm.name, seed))
+        return real(config, compiled, seed, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "train", recording)
+    train_and_evaluate(tiny, quiet())
+    assert trained == [("sgd", 1), ("swa1", 1), ("swa3", 1)]
+    for old, new in zip(before, scores(one.workdir), strict=True):
+        assert new["loss"][:1] == old["loss"]
+        assert len(new["loss"]) == 2
+
+
 class StopAt(Stopper):
     """Asks to stop after a number of steps of the whole job."""
 
