@@ -1,5 +1,6 @@
 """Command line: `python -m experiments NAME [--overrides]`."""
 
+import errno
 import logging
 import signal
 import sys
@@ -43,6 +44,15 @@ def main(args: Sequence[str] | None = None) -> int:
     ) as error:
         if processes.is_main():
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: no room to write ({error}); free some and run the same command"
+            " again. Checkpoints are intact.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

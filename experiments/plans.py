@@ -76,6 +76,10 @@ def _plural(epochs: int) -> str:
     return f"{epochs} epoch{'s' * (epochs != 1)}"
 
 
+def _more(epochs: int) -> str:
+    return _plural(epochs).replace(" ", " more ")
+
+
 def _plain(config: Config, name: str, label: str, epochs: int) -> Arm:
     """Training from scratch with a cosine to 0, scored at its end."""
     return Arm(
@@ -138,7 +142,7 @@ def _fine_tune(config: Config) -> tuple[Arm, ...]:
     sgd, start = optimizer_name(config), config.epochs
     windows = sorted(config.swa_epochs)
     swa_lr, control_lr = config.swa_lr, config.control_lr
-    averages = {start + n: f"SWA, {n} more epochs" for n in windows}
+    averages = {start + n: f"SWA, {_more(n)}" for n in windows}
     last = start + windows[-1]
     swa = Arm(
         name="swa",
@@ -147,7 +151,7 @@ def _fine_tune(config: Config) -> tuple[Arm, ...]:
         schedule=lambda _: optax.constant_schedule(swa_lr),
         readouts=(
             *_average_readouts(config, averages),
-            Readout(f"its last iterate ({swa_lr:g})", "sgd", last, "iterate"),
+            Readout(f"SWA's last iterate ({swa_lr:g})", "sgd", last, "iterate"),
         ),
         averages_from=start + 1,
         parent="converged",
@@ -160,7 +164,7 @@ def _fine_tune(config: Config) -> tuple[Arm, ...]:
         schedule=lambda _: optax.constant_schedule(control_lr),
         readouts=tuple(
             Readout(
-                f"control, {n} more epochs ({control_lr:g})",
+                f"control, {_more(n)} ({control_lr:g})",
                 "sgd",
                 start + n,
                 "iterate",
@@ -171,11 +175,11 @@ def _fine_tune(config: Config) -> tuple[Arm, ...]:
         first_epoch=start,
     )
     return (
-        _plain(config, "converged", f"{sgd}, {start} epochs", start),
+        _plain(config, "converged", f"{sgd}, {_plural(start)}", start),
         swa,
         control,
         *(
-            _plain(config, f"sgd{start + n}", f"{sgd}, {start + n} epochs", start + n)
+            _plain(config, f"sgd{start + n}", f"{sgd}, {_plural(start + n)}", start + n)
             for n in windows
         ),
     )

@@ -62,14 +62,13 @@ class Comparison(NamedTuple):
 def make_rows(arms: Sequence[Arm]) -> dict[tuple[str, str], Row]:
     """Empty rows in the order of the table, by (arm, label).
 
-    Plain training comes first, what averages after it.
+    Arms that average come last.
     """
-    rows = {
+    return {
         (arm.name, r.label): Row(r.label, r.method, arm.name, r.epoch, r.weights)
-        for arm in arms
+        for arm in sorted(arms, key=lambda arm: arm.averages_from is not None)
         for r in arm.readouts
     }
-    return dict(sorted(rows.items(), key=lambda item: item[1].method != "sgd"))
 
 
 def compare(rows: Sequence[Row], arms: Sequence[Arm]) -> list[Comparison]:
@@ -124,11 +123,15 @@ def comparison_cells(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]
         (
             c.row,
             c.against,
-            f"{c.accuracy:+.2f} (t {c.accuracy_t:.1f}, p {c.accuracy_p:.3f})",
-            f"{c.loss:+.4f} (t {c.loss_t:.1f}, p {c.loss_p:.3f})",
+            f"{c.accuracy:+.2f} (t {c.accuracy_t:.1f}, {_p(c.accuracy_p)})",
+            f"{c.loss:+.4f} (t {c.loss_t:.1f}, {_p(c.loss_p)})",
         )
         for c in comparisons
     ]
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
 
 TITLES = ("method", "accuracy (%)", "loss", "train loss")

@@ -110,9 +110,13 @@ def test_imagenet_trains_to_the_end(mock, tmp_path, monkeypatch):
     )
     name = "imagenet2012"
     assert mock == [(name, "train[:-10000]"), (name, "validation")]
-    assert [row["label"] for row in rows][:2] == [
-        "SGD, 1 epochs",
-        "its last iterate (0.01)",
+    assert [row["label"] for row in rows] == [
+        "SGD, 1 epoch",
+        "control, 1 more epoch (0.001)",
+        "SGD, 2 epochs",
+        "SWA, 1 more epoch",
+        "SWA, 1 more epoch, no BatchNorm pass",
+        "SWA's last iterate (0.01)",
     ]
     assert all(np.isfinite(row["loss"]).all() for row in rows)
 

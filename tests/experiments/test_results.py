@@ -48,13 +48,13 @@ def test_averages_meet_plain_training_as_long_and_their_parent(tiny_fine_tune):
             each.add(Score(*rng.random(3)))
     pairs = {(c.row, c.against) for c in results.compare(rows, arms)}
     assert pairs == {
-        ("SWA, 1 more epochs", "SGD, 4 epochs"),
-        ("SWA, 1 more epochs", "control, 1 more epochs (0.01)"),
-        ("SWA, 1 more epochs", "SGD, 5 epochs"),
+        ("SWA, 1 more epoch", "SGD, 4 epochs"),
+        ("SWA, 1 more epoch", "control, 1 more epoch (0.01)"),
+        ("SWA, 1 more epoch", "SGD, 5 epochs"),
         ("SWA, 3 more epochs", "SGD, 4 epochs"),
         ("SWA, 3 more epochs", "control, 3 more epochs (0.01)"),
         ("SWA, 3 more epochs", "SGD, 7 epochs"),
-        ("SWA, 3 more epochs", "its last iterate (0.05)"),
+        ("SWA, 3 more epochs", "SWA's last iterate (0.05)"),
     }
 
 
