@@ -29,6 +29,9 @@ from experiments.files import write_json
 PyTree = Any
 T = TypeVar("T")
 
+# Room for what a checkpoint holds besides its arrays.
+_METADATA_BYTES = 2**18
+
 # Settings that may change while a job goes on: they say where things are and how they
 # are watched or spread over devices, not what is computed.
 FREE_SETTINGS = frozenset(
@@ -130,14 +133,17 @@ class Store:
             or "quota" in lowered
             or "resource_exhausted" in lowered
         ):
-            return (
-                f"{self.directory} cannot hold another checkpoint: the disk is full"
-                f" ({free:,} bytes free). Earlier checkpoints are intact; free some"
-                " space and run the same command again."
-            )
+            return self._full(free)
         return (
             f"{self.directory} cannot be used for checkpoints ({text[:500]}); {free:,}"
             " bytes are free there. Earlier checkpoints are intact."
+        )
+
+    def _full(self, free: int) -> str:
+        return (
+            f"{self.directory} cannot hold another checkpoint: the disk is full"
+            f" ({free:,} bytes free). Earlier checkpoints are intact; free some"
+            " space and run the same command again."
         )
 
     def latest(self) -> int | None:
@@ -169,6 +175,11 @@ class Store:
                 return
             # A NumPy scalar would come back as a wider one.
             arrays = {n: np.asarray(leaf) for n, leaf in _flatten(state).items()}
+            # A write that fails half-way is noisy: tensorstore's threads complain on
+            # stderr. A quota, or another writer, can still bring that about.
+            free = shutil.disk_usage(self.directory).free
+            if free < sum(a.nbytes for a in arrays.values()) + _METADATA_BYTES:
+                raise StorageError(self._full(free))
             record = {
                 "crc32": {name: _crc32(array) for name, array in arrays.items()},
                 "extra": extra,
