@@ -65,8 +65,8 @@ def digits() -> Config:
 
     Command: python -m experiments digits
     Expected test accuracy (601 images, so one is 0.17 %; measured here, 5 seeds): SGD
-    98.4 ± 0.4 %, SWA over the last 5 epochs 98.6 ± 0.1 %, over the last 10
-    98.9 ± 0.2 %, and the latter without the BatchNorm pass 94.6 ± 1.3 %.
+    98.5 ± 0.5 %, SWA over the last 5 epochs 98.4 ± 0.2 %, over the last 10
+    98.8 ± 0.2 %, and the latter without the BatchNorm pass 93.6 ± 3.1 %.
     Run time: about a minute on 2 CPU cores.
     Rates and weight decay: python -m experiments digits --tune
     """
@@ -103,11 +103,10 @@ def fashion_mnist() -> Config:
 
     Command: python -m experiments fashion_mnist --train-examples 5000
     Expected test accuracy (measured here, 5 seeds): SGD 86.3 ± 0.3 %, SWA over the last
-    5 epochs 86.3 ± 0.2 %, over the last 10 86.5 ± 0.2 %, and the latter without the
-    BatchNorm pass 80.2 ± 5.9 %; test loss 0.411, 0.405, 0.396 and 0.656.
-    Run time: 11 minutes on 2 CPU cores that other jobs shared. Without --train-examples
-    it trains on 50,000 images (10,000 more validate), and an epoch costs ten times as
-    much.
+    5 epochs 86.3 ± 0.4 %, over the last 10 86.5 ± 0.5 %, and the latter without the
+    BatchNorm pass 76.8 ± 8.8 %; test loss 0.407, 0.398, 0.395 and 0.680.
+    Run time: 3 minutes on 2 CPU cores. Without --train-examples it trains on 50,000
+    images (10,000 more validate), and an epoch costs ten times as much.
     Rates and weight decay: the same command with --tune
     """
     return _FASHION_MNIST
@@ -130,8 +129,11 @@ def fashion_mnist_5000() -> Config:
     """The published table's protocol on 5,000 images, where the baseline overfits.
 
     Command: python -m experiments fashion_mnist_5000
-    Expected: see README, Results.
-    Run time: see README, Results.
+    Expected test accuracy (measured here, 5 seeds): 86.31 ± 0.10 % before,
+    86.30 ± 0.26 % after 5 and 86.35 ± 0.19 % after 10 epochs of SWA; the control after
+    10 epochs 86.40 ± 0.18 %, SGD with the whole budget 86.49 ± 0.14 %. SWA does not
+    help here.
+    Run time: 5 minutes on 2 CPU cores.
     Rates and weight decay: python -m experiments fashion_mnist_5000 --tune
     """
     return _FINE_TUNE_5000
@@ -152,17 +154,19 @@ def fashion_mnist_60000() -> Config:
         _FINE_TUNE_5000,
         train_examples=None,
         seeds=3,
-        epochs=20,
+        epochs=40,
         batch_size=128,
         learning_rate=0.2,
-        swa_lr=0.0125,
-        control_lr=3.16e-4,
+        swa_lr=0.025,
+        control_lr=0.001,
         weight_decay=1.25e-4,
         max_shift=2,
         flip=True,
         tune_seeds=1,
-        tune_learning_rates=(0.2, 0.4, 0.8),
-        tune_weight_decays=(1.25e-4, 5e-4),
+        tune_learning_rates=(0.1, 0.2, 0.4),
+        tune_weight_decays=(1.25e-4,),
+        tune_swa_lrs=(0.0125, 0.025, 0.05),
+        tune_control_lrs=(3.16e-4, 1e-3),
     )
 
 
@@ -174,8 +178,10 @@ def shakespeare() -> Config:
     pass over the data. The plain arm is AdamW: SGD hardly trains a Transformer.
 
     Command: python -m experiments shakespeare
-    Expected: see README, Results.
-    Run time: see README, Results.
+    Expected test loss per byte (measured here, 5 seeds; in nats): 1.827 ± 0.035
+    before, 1.815 ± 0.034 after 5 and 1.806 ± 0.033 after 10 epochs of SWA; the control
+    after 10 epochs 1.813 ± 0.031, AdamW with the whole budget 1.776 ± 0.031.
+    Run time: 33 minutes on 2 CPU cores.
     Rates and weight decay: python -m experiments shakespeare --tune
     """
     return Config(

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import swa_jax
+from experiments import results
+from experiments.configs import EXPERIMENTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -120,11 +122,17 @@ def test_every_choice_trains():
         assert 0.85 < accuracy < 1, name
 
 
+README = (ROOT / "README.md").read_text()
+RESULTS = {path.name: path for path in sorted((ROOT / "docs/results").iterdir())}
+
+
+def read_results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS[name] / "results.json").read_text())
+
+
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
 def test_measured_figures_are_those_of_the_results(name):
-    """Both pages that quote them, against docs/results."""
-    content = json.loads((ROOT / "docs/results" / name / "results.json").read_text())
-    rows = content["rows"]
+    rows = read_results(name)["rows"]
     accuracy = [f"{100 * statistics.fmean(row['accuracy']):.2f}" for row in rows]
     loss = [f"{statistics.fmean(row['loss']):.4f}" for row in rows]
     page = PAGES["how-to-choose.md"]
@@ -135,6 +143,60 @@ def test_measured_figures_are_those_of_the_results(name):
         statistics.fmean(rows[2]["accuracy"]) - statistics.fmean(rows[3]["accuracy"])
     )
     assert f"{lost:.1f}" in page[page.index("## BatchNorm") :]
-    readme = (ROOT / "README.md").read_text()
-    for row in zip(accuracy, loss, strict=True):
-        assert re.search(rf"\| {row[0]} ± .*\| {row[1]} ± ", readme)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RESULTS if EXPERIMENTS[name][1].protocol == "fine_tune"]
+)
+def test_controls_are_those_of_the_results(name):
+    content = read_results(name)
+    accuracy = {
+        row["label"]: f"{100 * statistics.fmean(row['accuracy']):.2f}"
+        for row in content["rows"]
+    }
+    [tested] = [
+        c
+        for c in content["comparisons"]
+        if c["row"] == "SWA, 10 more epochs" and c["against"].startswith("control")
+    ]
+    whole = content["config"]["epochs"] + 10
+    [scratch] = [
+        a for label, a in accuracy.items() if label.endswith(f" {whole} epochs")
+    ]
+    figures = (
+        accuracy[tested["against"]],
+        accuracy[tested["row"]],
+        f"{tested['accuracy_p']:.3f}",
+        scratch,
+    )
+    assert f"| {' | '.join(figures)} |" in PAGES["how-to-choose.md"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_tables_of_the_readme_are_those_of_the_results(name):
+    content = read_results(name)
+    rows = [results.Row(**row) for row in content["rows"]]
+    comparisons = [results.Comparison(**c) for c in content["comparisons"]]
+    tables = results.make_markdown(rows, comparisons)
+    assert (RESULTS[name] / "results.md").read_text() == tables
+    lines = tables.splitlines()
+    for line in lines[: len(rows) + 2]:
+        assert f"\n{line}\n" in README
+    quoted = [c for c in results.comparison_cells(comparisons) if "10" in c[0]]
+    assert quoted
+    for cells in quoted:
+        assert f"\n| {' | '.join(cells)} |\n" in README
+    assert f"`python -m experiments {name}" in README
+    shown = {ROOT / path for path in re.findall(r"!\[[^]]*\]\((\S+)\)", README)}
+    assert set(RESULTS[name].glob("*.png")) <= shown
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_rates_of_the_configurations_were_chosen_on_the_validation_split(name):
+    """README says so; the record of every trial is in tuning.json."""
+    tuning = json.loads((RESULTS[name] / "tuning.json").read_text())
+    config = read_results(name)["config"]
+    named = results.config_dict(EXPERIMENTS[name][1])
+    for setting, chosen in tuning["chosen"].items():
+        assert config[setting] == pytest.approx(chosen, rel=1e-2)
+        assert named[setting] == config[setting]
