@@ -330,7 +330,8 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Split]:
 
     Args:
         config: Its `train_examples` first examples make up the train split: a
-            fixed subset, for tfds stores examples in a fixed, hashed order.
+            fixed subset, for tfds stores examples in a fixed, hashed order. Without
+            `hold_out`, the validation split's follow the train split's.
         names: Some of "train", "validation", "test"; no other split is read.
 
     Raises:
@@ -339,6 +340,8 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Split]:
     """
     with processes.main_first():  # a builder looks only once for prepared data
         builder, splits = _make_builder(config)
+    if not (config.hold_out or config.tune):
+        splits = {**splits, "train": f"{splits['train']}+{splits['validation']}"}
     return {name: _load(config, builder, splits[name], name) for name in names}
 
 

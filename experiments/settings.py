@@ -97,6 +97,10 @@ class Config:
     train_examples: int | None = None
     """Train on a fixed subset of this many examples. None: all of them."""
 
+    hold_out: bool = True
+    """Keep the validation split out of training. Without it, training has those examples
+    as well, as published results do; --tune holds them out all the same."""
+
     batch_size: int
     """Examples in a training batch."""
 

@@ -31,10 +31,12 @@ from swa_jax.placement import (
     Targets,
     beside,
     bring,
+    is_hosted,
     is_traced,
     place,
     resolve,
     to_device,
+    to_host,
 )
 
 
@@ -86,8 +88,9 @@ def init_average(
     Raises:
       TypeError: ``accumulator_dtype`` is no floating dtype, or ``sharding`` is
         neither a sharding, nor a pytree of them, nor a function to one.
-      ValueError: ``accumulator_dtype`` is float64 while JAX has 64-bit types off,
-        or a pytree given as ``sharding`` does not fit ``params``.
+      ValueError: ``accumulator_dtype`` is float64 while JAX has 64-bit types off, a
+        pytree given as ``sharding`` does not fit ``params``, or a sharding does not
+        divide a leaf.
 
     Example:
       >>> import jax.numpy as jnp, swa_jax
@@ -139,6 +142,7 @@ def update_average(state: SWAState, params: PyTree) -> SWAState:
 
     Raises:
       TypeError: ``state`` is no ``SWAState``.
+      RuntimeError: ``state`` has been donated already.
       ValueError: ``params`` differs from the state in structure, shape or kind of
         dtype. Nothing has been donated then: ``state`` is still good.
 
@@ -161,6 +165,11 @@ def _run(update: Callable[..., SWAState], state: SWAState, params: PyTree) -> SW
         raise TypeError(
             f"update_average: state must be an SWAState, got {type(state).__name__}; "
             "make one with swa_jax.init_average(params)"
+        )
+    if _is_placed(state.num_updates) and state.num_updates.is_deleted():
+        raise RuntimeError(
+            "update_average: state has been donated to an earlier call, which reused "
+            "its memory; go on with the state that that call returned"
         )
     params, targets = _meet(state.avg_params, params)
     return update(state, params, targets)
@@ -202,14 +211,16 @@ def accumulate(
     first, count = n == 0, optax.safe_increment(n)
 
     def advance(mean: jax.Array, new: jax.Array, target: Sharding | None) -> jax.Array:
-        mean = to_device(mean, target)
+        hosted = is_hosted(mean)  # also where no target says so
+        mean, new = to_device(mean, target), to_device(new)
         # The newcomer moves, never the mean: each device works on its own part.
         new = bring(new, target) if target else beside(new, mean)
         if jnp.issubdtype(mean.dtype, jnp.inexact):
             new = _next_mean(mean, new, first, count)
         elif not jnp.issubdtype(mean.dtype, jax.dtypes.extended):
             new = jnp.asarray(new, mean.dtype)  # not weakly typed, as the mean is not
-        return place(new if sample is None else jnp.where(sample, new, mean), target)
+        new = place(new if sample is None else jnp.where(sample, new, mean), target)
+        return to_host(new) if hosted and target is None else new
 
     means, treedef = jax.tree.flatten(state.avg_params)
     targets = targets or (None,) * len(means)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, NamedSharding, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 
 from swa_jax.propagation import stop_propagation
 
@@ -32,10 +32,16 @@ def resolve(sharding: Placement, tree: PyTree) -> Targets:
 
     Raises:
       TypeError: a target is neither a sharding nor ``None``.
-      ValueError: a pytree of shardings does not fit ``tree``, or this release of jax
-        cannot compute with host memory.
+      ValueError: a pytree of shardings does not fit ``tree``, a sharding does not
+        divide a leaf, or this release of jax cannot compute with host memory.
     """
-    leaves = jax.tree.leaves(tree)
+    if isinstance(sharding, Mesh):  # which could be called
+        raise TypeError(
+            "sharding must say how arrays lie on a mesh, got the Mesh alone; pass "
+            "jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(...))"
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in flat]
     targets: list[Any]
     if sharding is None or isinstance(sharding, Sharding):
         targets = [sharding] * len(leaves)
@@ -51,7 +57,7 @@ def resolve(sharding: Placement, tree: PyTree) -> Targets:
                 f"(or be a prefix of it); {error}"
             ) from error
         targets = jax.tree.leaves(whole, is_leaf=_is_target)
-    for target in targets:
+    for (path, leaf), target in zip(flat, targets, strict=True):
         if not _is_target(target):
             raise TypeError(
                 "sharding must be a jax.sharding.Sharding, a pytree of them, or a "
@@ -64,7 +70,20 @@ def resolve(sharding: Placement, tree: PyTree) -> Targets:
                 f"{jax.__version__}: earlier releases crash on the transfer; update "
                 "jax, or keep the average on the devices"
             )
+        if target is not None:
+            _check_divides(target, leaf.shape, jax.tree_util.keystr(path))
     return tuple(targets)
+
+
+def _check_divides(target: Sharding, shape: tuple[int, ...], name: str) -> None:
+    try:
+        target.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"sharding does not divide params{name} of shape {shape}: {error} Fix: "
+            "pass a function from a leaf's ShapeDtypeStruct to a sharding, which "
+            "answers None, or another sharding, for such a leaf"
+        ) from error
 
 
 def _is_target(x: Any) -> bool:
@@ -77,11 +96,12 @@ def place(x: jax.Array, target: Sharding | None) -> jax.Array:
         return x
     if not is_traced(x):
         return jax.device_put(x, target)
+    _check_not_manual(target)
     if is_explicit(target):
         x = jax.sharding.reshard(x, _on_device(target))
     else:
         x = jax.lax.with_sharding_constraint(x, _on_device(target))
-    return jax.device_put(x, jax.memory.Space.Host) if _in_host_memory(target) else x
+    return to_host(x) if _in_host_memory(target) else x
 
 
 def bring(x: jax.Array, target: Sharding | None) -> jax.Array:
@@ -98,17 +118,37 @@ def bring(x: jax.Array, target: Sharding | None) -> jax.Array:
     return place(x, target)
 
 
-def to_device(x: jax.Array, target: Sharding | None) -> jax.Array:
-    """Brings an array that lives in host memory to its devices, to compute on it."""
-    if target is None or not _in_host_memory(target):
-        return x
-    return jax.device_put(x, jax.memory.Space.Device)
+def to_device(x: jax.Array, target: Sharding | None = None) -> jax.Array:
+    """Brings an array that lives in host memory to its devices, to compute on it.
+
+    Args:
+      x: the array.
+      target: where it lives, as far as its own type does not tell.
+    """
+    hosted = is_hosted(x) or (target is not None and _in_host_memory(target))
+    return jax.device_put(x, jax.memory.Space.Device) if hosted else x
+
+
+def to_host(x: jax.Array) -> jax.Array:
+    """Takes a value inside a trace from its devices to host memory."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def is_hosted(x: Any) -> bool:
+    """Whether ``x`` is a value inside a trace that lives in host memory."""
+    if not is_traced(x) or _NO_HOST_MEMORY:
+        return False
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def beside(x: jax.Array, other: Any) -> jax.Array:
-    """Moves one array to where ``other`` is, as far as that is known."""
+    """Moves one array to where ``other`` is, as far as that is known.
+
+    Inside a trace, to the devices: nothing can be computed elsewhere.
+    """
     if not is_traced(x) and not is_traced(other):
         return place(x, getattr(other, "sharding", None))
+    x = to_device(x)
     if isinstance(other, jax.Array):
         target = jax.typeof(other).sharding
         if is_explicit(target):
@@ -125,6 +165,22 @@ def is_explicit(target: Sharding) -> bool:
     """Whether shardings of this mesh are part of an array's type."""
     return isinstance(target, NamedSharding) and AxisType.Explicit in (
         target.mesh.axis_types or ()
+    )
+
+
+def _check_not_manual(target: Sharding) -> None:
+    """Raises where each device runs a program of its own: JAX would say so later."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if not manual:
+        return
+    if isinstance(target, NamedSharding) and manual <= set(target.mesh.axis_names):
+        parts = (part if isinstance(part, tuple) else (part,) for part in target.spec)
+        if manual.isdisjoint(axis for part in parts for axis in part):
+            return  # over other axes of the same mesh
+    raise ValueError(
+        f"sharding={target} has no meaning inside jax.shard_map or jax.pmap, where each "
+        "device runs a program of its own. Fix: leave sharding out there, average under "
+        "jax.jit with sharded arrays, or call update_average outside"
     )
 
 

@@ -61,13 +61,16 @@ def swa(
       stop_step: number of the last update that may be averaged, >= ``start_step``;
         ``None`` for no end.
       accumulator_dtype: dtype of the mean, see ``init_average``.
-      sharding: where the mean lives, see ``init_average``. For host memory, drive the
-        average with ``update_average`` instead: inside the training step every step,
-        also a skipped one, would carry the mean to the device and back.
+      sharding: where the mean lives, see ``init_average``; under ``jax.jit`` only, for
+        in ``shard_map`` and ``pmap`` each device has a program of its own. For host
+        memory, drive the average with ``update_average`` instead: inside the training
+        step every step, also a skipped one, would carry the mean to the device and
+        back.
       skip_nonfinite: leave a model with any NaN or infinity out of the mean (it does
         not count in ``num_averaged`` either). Costs one more read of the weights a
-        step. Under ``shard_map`` each device looks at its own shard only: use it
-        where parameters are replicated, or under ``jit``.
+        step, and, where parameters are sharded, an all-reduce of scalars. Under
+        ``shard_map`` each device looks at its own shard only: use it where parameters
+        are replicated, or under ``jit``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state ``SWAState``.

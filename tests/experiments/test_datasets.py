@@ -87,7 +87,8 @@ def test_cifar_trains_to_the_end(mock, tmp_path, dataset):
         rows = run("cifar", tmp_path, **ONE_BUDGET, mixup_alpha=0.2)
     finally:
         del configs.EXPERIMENTS["cifar"]
-    assert mock == [(dataset, "train[:45000]"), (dataset, "test")]
+    whole = "train[:45000]+train[45000:]"
+    assert mock == [(dataset, whole), (dataset, "test")]
     labels = [row["label"] for row in rows]
     assert labels[:2] == ["SGD, 1 budget", "SWA, 1 budget"]
     assert all(np.isfinite(row["loss"]).all() for row in rows)
@@ -109,7 +110,8 @@ def test_imagenet_trains_to_the_end(mock, tmp_path, monkeypatch):
         label_smoothing=0.1,
     )
     name = "imagenet2012"
-    assert mock == [(name, "train[:-10000]"), (name, "validation")]
+    whole = "train[:-10000]+train[-10000:]"
+    assert mock == [(name, whole), (name, "validation")]
     assert [row["label"] for row in rows] == [
         "SGD, 1 epoch",
         "control, 1 more epoch (0.001)",

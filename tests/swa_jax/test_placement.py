@@ -373,6 +373,24 @@ def test_average_in_host_memory(mesh):
 
 
 @needs_host_memory
+def test_average_in_host_memory_inside_jit(mesh):
+    """There it computes on the devices, and the state stays in host memory."""
+    rule = where_it_divides(mesh, "pinned_host")
+    params = jax.device_put(model(), everywhere(mesh))
+    state = swa_jax.init_average(params, sharding=rule)
+    for value in (1, 5):
+        new = jax.device_put(model(value), everywhere(mesh))
+        state = jax.jit(swa_jax.update_average)(state, new)
+    kinds = {x.sharding.memory_kind for x in state.avg_params.values()}
+    assert kinds == {"pinned_host"}
+    read = jax.jit(swa_jax.swa_params)(state, params)
+    assert {x.sharding.memory_kind for x in read.values()} == {"device"}
+    chex.assert_trees_all_equal(
+        jax.tree.map(np.float32, read), jax.tree.map(np.float32, model(3))
+    )
+
+
+@needs_host_memory
 def test_average_in_host_memory_of_one_device():
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     state = swa_jax.init_average(model(), sharding=host)
@@ -408,6 +426,63 @@ def test_refused_shardings(sharding, error, message, make):
         init(model())
 
 
-def test_sharding_that_does_not_divide_is_jaxs_own_error(mesh):
-    with pytest.raises(ValueError, match=r"divisible by 8|evenly divide"):
-        swa_jax.init_average({"b": np.ones(3)}, sharding=spread(mesh))
+@pytest.mark.parametrize("make", ["init_average", "swa"])
+def test_sharding_that_does_not_divide_names_the_leaf(mesh, make):
+    init = swa_jax.swa(sharding=spread(mesh)).init
+    if make == "init_average":
+        init = functools.partial(swa_jax.init_average, sharding=spread(mesh))
+    message = r"(?s)does not divide params\['b'\] of shape \(3,\).*Fix: pass a function"
+    with pytest.raises(ValueError, match=message):
+        init({"a": np.ones(8), "b": np.ones(3)})
+
+
+def test_mesh_is_no_sharding(mesh):
+    with pytest.raises(TypeError, match=r"got the Mesh alone; pass .*NamedSharding"):
+        swa_jax.init_average(model(), sharding=mesh)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_sharding_inside_a_per_device_program_is_refused(how):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = swa_jax.swa(sharding=spread(mesh))
+    params = {"w": jnp.ones(16)}
+    state = tx.init(params)
+
+    def step(params, state):
+        return tx.update(params, state, params)
+
+    if how == "shard_map":
+        whole = PartitionSpec()
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole)
+    else:
+        mapped = jax.pmap(lambda i, *args: step(*args), in_axes=(0, None, None))
+        mapped = functools.partial(mapped, jnp.arange(8))
+        state = jax.device_get(state)
+    with pytest.raises(
+        ValueError, match=r"no meaning inside .*Fix: leave sharding out"
+    ):
+        mapped(params, state)
+
+
+def test_sharding_over_an_axis_that_the_compiler_keeps():
+    """Partly manual: `model` is the program's own, `data` is the compiler's."""
+    auto = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((2, 4), ("model", "data"), axis_types=auto)
+    target = NamedSharding(mesh, PartitionSpec("data"))
+    tx = swa_jax.swa(sharding=target)
+    params = jax.device_put({"w": jnp.arange(16.0)}, everywhere(mesh))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        axis_names={"model"},
+        check_vma=False,
+    )
+    def step(params, state):
+        return tx.update(jax.tree.map(jnp.ones_like, params), state, params)[1]
+
+    state = step(params, tx.init(params))
+    np.testing.assert_array_equal(state.avg_params["w"], np.arange(16.0) + 1)
