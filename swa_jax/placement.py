@@ -178,9 +178,9 @@ def _check_not_manual(target: Sharding) -> None:
         if manual.isdisjoint(axis for part in parts for axis in part):
             return  # over other axes of the same mesh
     raise ValueError(
-        f"sharding={target} has no meaning inside jax.shard_map or jax.pmap, where each "
-        "device runs a program of its own. Fix: leave sharding out there, average under "
-        "jax.jit with sharded arrays, or call update_average outside"
+        f"sharding={target} has no meaning inside jax.shard_map or jax.pmap, where "
+        "each device runs a program of its own. Fix: leave sharding out there, average "
+        "under jax.jit with sharded arrays, or call update_average outside"
     )
 
 

@@ -9,18 +9,26 @@ sample and one anneal for the rate.
 
 import dataclasses
 import enum
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from swa_jax.averaging import SWAState, averaged_with, init_average
 from swa_jax.batch_stats import BatchStatsFn, PyTree, recompute_batch_stats
-from swa_jax.schedules import Strategy, as_schedule, check_strategy, swa_schedule
+from swa_jax.placement import beside, is_traced
+from swa_jax.schedules import (
+    Strategy,
+    as_schedule,
+    as_step,
+    check_rate,
+    check_strategy,
+    swa_schedule,
+)
 from swa_jax.timing import Length, Window, check_count, parse_time, window
 from swa_jax.transform import swa, swa_params
 
@@ -44,11 +52,13 @@ class RecipeState(NamedTuple):
     Attributes:
       average: the average, an ``SWAState``.
       initial_lr: float scalar, the learning rate that the anneal starts from: the one
-        at the first averaged model, NaN before.
+        at the first averaged model, 0 before.
+      installed: bool scalar, whether training went on from the average (``swa_end``).
     """
 
     average: SWAState
     initial_lr: jax.Array  # float32, shape ()
+    installed: jax.Array  # bool, shape ()
 
 
 class TrainingState(NamedTuple):
@@ -154,7 +164,8 @@ class SWA:
     def __post_init__(self) -> None:
         _check_start(self.swa_start)
         check_count("anneal_epochs", self.anneal_epochs)
-        _check_rate(self.swa_lr)
+        if self.swa_lr is not None:
+            check_rate("swa_lr", self.swa_lr, " or None to hold the rate")
         check_strategy("anneal_strategy", self.anneal_strategy)
         if self.swa_end is not None:
             parse_time("swa_end", self.swa_end)
@@ -191,7 +202,7 @@ class SWA:
         base = as_schedule(base)
 
         def schedule(step: Any) -> jax.Array:
-            step = jnp.asarray(step)
+            step = as_step(step)
             # Over `step` ended ticks, so many models have been averaged.
             last_sampled = jnp.minimum(step // size, when.last)
             num_averaged = (last_sampled - when.first) // when.period + 1
@@ -244,6 +255,8 @@ class SWA:
         when = self._window(Length.of(state.num_epochs, state.steps_per_epoch))
         if event in (Event.TRAINING_START, Event.TRAINING_END):
             return True
+        if when.unit == "ep":
+            _tick(when, state)  # a wrong epoch is found as early as may be
         if event is not _tick_event(when):
             return False
         tick = _tick(when, state)
@@ -261,7 +274,7 @@ class SWA:
         """Acts on ``event``: a pure function, which leaves ``state`` untouched.
 
         - ``TRAINING_START`` creates the average. A state that has one, from a
-          checkpoint, keeps it.
+          checkpoint, keeps it, and the learning rate that the anneal had reached.
         - ``EPOCH_END`` (or ``BATCH_END``) averages the weights and moves the learning
           rate; at ``swa_end`` the averaged weights also replace the current ones.
         - ``TRAINING_END`` makes the averaged weights the state's ``params``, with
@@ -287,38 +300,61 @@ class SWA:
 
         Raises:
           ValueError: no ``TRAINING_START`` before, ``params`` of another model than
-            then, statistics without the means to recompute them; see also ``match``.
+            then, an epoch that was averaged already, a learning rate that is negative
+            or not finite, statistics without the means to recompute them; see also
+            ``match``.
+          TypeError: ``state.swa`` is not what ``apply`` returned, or the learning rate
+            is no number.
         """
         event = _check_event(event)
         if not self.match(event, state):
             return state
+        _check_carried(state.swa)
+        length = Length.of(state.num_epochs, state.steps_per_epoch)
         if event is Event.TRAINING_START:
-            return _start(state)
+            return self._start(state, length)
         if state.swa is None:
             raise ValueError(
                 f"apply: state.swa is None at {event.name}: the average is created at "
                 "Event.TRAINING_START; apply that first, and keep the state it returns"
             )
-        length = Length.of(state.num_epochs, state.steps_per_epoch)
-        when = self._window(length)
         if event is Event.TRAINING_END:
-            return _finish(when, state, batch_stats_fn, train_batches)
+            return _finish(state, batch_stats_fn, train_batches)
+        when = self._window(length)
         tick = _tick(when, state)
         if when.samples(tick):
+            _check_new(when, tick, state.swa)
             state = self._average(state, length)
             if logger is not None:
                 logger(_metrics(state))
-        return _swap(state) if when.ends_early(tick) else state
+        return _install(state) if when.ends_early(tick) else state
+
+    def _start(self, state: TrainingState, length: Length) -> TrainingState:
+        """Creates the average, or takes up the one that a checkpoint brought back."""
+        if state.swa is None:
+            zero = jnp.zeros([], jnp.result_type(float))
+            new = RecipeState(init_average(state.params), zero, jnp.zeros([], bool))
+            return state._replace(swa=new)
+        average, lr0, _ = state.swa
+        if not int(average.num_averaged):
+            return state
+        # The rate is the method's by now, and may not have been saved with it.
+        return state._replace(
+            learning_rate=self._annealed(lr0, average.num_averaged, length)
+        )
 
     def _average(self, state: TrainingState, length: Length) -> TrainingState:
         """Averages the weights, then moves the learning rate."""
-        before, lr0 = state.swa  # type: ignore[misc]
-        learning_rate = jnp.asarray(state.learning_rate, lr0.dtype)
-        lr0 = jnp.where(before.num_averaged == 0, learning_rate, lr0)
+        before, lr0, installed = state.swa  # type: ignore[misc]
+        rate = state.learning_rate
+        check_rate("state.learning_rate", rate)
+        if not is_traced(rate):
+            rate = np.asarray(rate)  # wherever it was: it may meet any device's average
+        lr0 = jnp.where(before.num_averaged == 0, jnp.asarray(rate, lr0.dtype), lr0)
         average = averaged_with(before, state.params)
         return state._replace(
             learning_rate=self._annealed(lr0, average.num_averaged, length),
-            swa=RecipeState(average, lr0),
+            swa=RecipeState(average, lr0, installed),
         )
 
     # Both.
@@ -354,24 +390,13 @@ def _check_start(start: Any) -> None:
             )
         return
     fix = 'give a time string, as in "8ep", to start after 8 epochs'
-    if isinstance(start, bool) or not hasattr(start, "__float__"):
+    number = np.ndim(start) == 0 and hasattr(start, "__float__")
+    if isinstance(start, bool) or not number:
         raise TypeError(
             f"swa_start must be a fraction of training or a time string, got {start!r}"
         )
     if not 0 < float(start) < 1:
         raise ValueError(f"swa_start must be in (0, 1), got {start!r}; {fix}")
-
-
-def _check_rate(rate: Any) -> None:
-    if rate is None:
-        return
-    if isinstance(rate, bool | str) or not hasattr(rate, "__float__"):
-        raise TypeError(f"swa_lr must be a learning rate or None, got {rate!r}")
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(
-            f"swa_lr must be finite and not negative, got {rate!r}; None keeps the "
-            "rate at which averaging starts"
-        )
 
 
 def _check_event(event: Any) -> Event:
@@ -380,7 +405,8 @@ def _check_event(event: Any) -> Event:
     except ValueError:
         names = ", ".join(e.name for e in Event)
         raise ValueError(
-            f"event must be a swa_jax.Event ({names}), got {event!r}"
+            f"event must be a swa_jax.Event ({names}), or its value, such as "
+            f"'epoch_end', got {event!r}"
         ) from None
 
 
@@ -417,26 +443,47 @@ def _tick(when: Window, state: TrainingState) -> int:
     return updates
 
 
-def _start(state: TrainingState) -> TrainingState:
-    if state.swa is not None:
-        return state
-    initial_lr = jnp.full([], jnp.nan, jnp.result_type(float))
-    return state._replace(swa=RecipeState(init_average(state.params), initial_lr))
+def _check_carried(swa: Any) -> None:
+    if swa is not None and not isinstance(swa, RecipeState):
+        raise TypeError(
+            f"state.swa must be what apply put there, got {type(swa).__name__}; "
+            "restore it into the structure that TRAINING_START creates, or set it to "
+            "None to begin a new average"
+        )
 
 
-def _swap(state: TrainingState) -> TrainingState:
-    return state._replace(params=swa_params(state.swa, state.params))
+def _check_new(when: Window, tick: int, swa: RecipeState) -> None:
+    """Raises if the model of this epoch is in the average already."""
+    if when.unit == "ba":
+        return  # to look would make every so many batches wait for the device
+    number = (tick - when.first) // when.period
+    if int(swa.average.num_averaged) > number:
+        raise ValueError(
+            f"state.swa has {int(swa.average.num_averaged)} models in its average at "
+            f"the end of epoch {tick - 1}, which is to be number {number + 1}: it was "
+            "applied twice for one epoch, or state.swa is of an earlier training; keep "
+            "the state that apply returns, and set swa=None to begin a new average"
+        )
+
+
+def _install(state: TrainingState) -> TrainingState:
+    """Makes the averaged weights the current ones."""
+    assert state.swa is not None
+    return state._replace(
+        params=swa_params(state.swa, state.params),
+        swa=state.swa._replace(installed=jnp.ones([], bool)),
+    )
 
 
 def _finish(
-    when: Window,
     state: TrainingState,
     batch_stats_fn: BatchStatsFn | None,
     train_batches: Callable[[], Iterable[PyTree]] | None,
 ) -> TrainingState:
-    if when.last < when.total:
+    assert state.swa is not None
+    if bool(state.swa.installed):
         return state  # training went on from the average since
-    average: SWAState = state.swa.average  # type: ignore[union-attr]
+    average: SWAState = state.swa.average
     if not int(average.num_averaged):
         warnings.warn(
             "SWA: training ended before any model was averaged; the weights stay as "
@@ -445,7 +492,7 @@ def _finish(
         )
         return state
     batch_stats = state.batch_stats
-    state = _swap(state)
+    state = _install(state)
     if not jax.tree.leaves(batch_stats):
         return state
     needed = {"batch_stats_fn": batch_stats_fn, "train_batches": train_batches}
@@ -471,12 +518,17 @@ def _metrics(state: TrainingState) -> dict[str, float]:
     return {
         "swa/num_averaged": float(average.num_averaged),
         "swa/learning_rate": float(jnp.asarray(state.learning_rate)),
-        "swa/distance": float(_distance(average.avg_params, state.params)),
+        "swa/distance": float(_distance(average, state.params)),
     }
 
 
+def _distance(average: SWAState, params: PyTree) -> jax.Array:
+    # Where the weights are: the mean may be spread, or in host memory.
+    return _norm_of_difference(jax.tree.map(beside, average.avg_params, params), params)
+
+
 @jax.jit
-def _distance(tree: PyTree, other: PyTree) -> jax.Array:
+def _norm_of_difference(tree: PyTree, other: PyTree) -> jax.Array:
     """Euclidean distance over all floating leaves, in float32 or wider."""
     total = jnp.zeros([])
     for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):

@@ -1,11 +1,13 @@
 """Learning-rate schedules that weight averaging is used with.
 
-Each is an ``optax.Schedule``: a pure function from the 0-based step (a Python number or
-a traced array) to the learning rate, a float scalar. All are exact at their boundaries:
-where a schedule promises ``swa_lr``, it returns that very float.
+Each is an ``optax.Schedule``: a pure function from the 0-based step (a Python number,
+or an array of any integer dtype, traced or not) to the learning rate, a float scalar.
+All are exact at their boundaries: where a schedule promises ``swa_lr``, it returns that
+very float.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -44,8 +46,9 @@ def cosine_to_constant_schedule(
       A schedule from the step to a float32 scalar.
 
     Raises:
-      ValueError: a negative length, or a warm-up longer than ``decay_steps``.
-      TypeError: a length that is no integer.
+      ValueError: a negative length or rate, a rate that is not finite, or a warm-up
+        longer than ``decay_steps``.
+      TypeError: a length that is no integer, a rate that is no number.
 
     Example:
       >>> schedule = cosine_to_constant_schedule(0.1, 0.02, decay_steps=100)
@@ -57,6 +60,8 @@ def cosine_to_constant_schedule(
       cosine); Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407, section
       3.2 (the constant rate).
     """
+    check_rate("init_value", init_value)
+    check_rate("swa_lr", swa_lr)
     decay_steps = _check_length("decay_steps", decay_steps)
     warmup_steps = _check_length("warmup_steps", warmup_steps)
     if warmup_steps > decay_steps:
@@ -66,7 +71,7 @@ def cosine_to_constant_schedule(
         )
 
     def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step)
+        step = as_step(step)
         lr = _blend(
             init_value,
             swa_lr,
@@ -115,9 +120,10 @@ def swa_schedule(
       A schedule from the step to a float scalar.
 
     Raises:
-      ValueError: a negative length, ``update_every < 1``, or an unknown strategy.
-      TypeError: a length that is no integer, or a ``base`` that is neither a number
-        nor a schedule.
+      ValueError: a negative length or rate, a rate that is not finite,
+        ``update_every < 1``, or an unknown strategy.
+      TypeError: a length that is no integer, a rate that is no number, or a ``base``
+        that is neither a number nor a schedule.
 
     Example:
       >>> schedule = swa_schedule(0.1, 0.05, start_step=10, anneal_steps=10)
@@ -127,6 +133,8 @@ def swa_schedule(
     References:
       ``torch.optim.swa_utils.SWALR``, PyTorch 2.13.
     """
+    if swa_lr is not None:
+        check_rate("swa_lr", swa_lr, " or None to hold the rate")
     start_step = _check_length("start_step", start_step)
     anneal_steps = _check_length("anneal_steps", anneal_steps)
     update_every = _check_length("update_every", update_every, at_least=1)
@@ -134,7 +142,7 @@ def swa_schedule(
     base = as_schedule(base)
 
     def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step)
+        step = as_step(step)
         lr0 = base(jnp.asarray(start_step, step.dtype))
         since = step - start_step
         alpha = _alpha(strategy, since - since % update_every, anneal_steps)
@@ -166,8 +174,8 @@ def linear_to_constant_schedule(
       A schedule from the step to a float32 scalar.
 
     Raises:
-      ValueError: a negative ``start_step``.
-      TypeError: a ``start_step`` that is no integer.
+      ValueError: a negative ``start_step`` or rate, or a rate that is not finite.
+      TypeError: a ``start_step`` that is no integer, a rate that is no number.
 
     Example:
       >>> schedule = linear_to_constant_schedule(0.1, 0.05, start_step=100)
@@ -178,11 +186,13 @@ def linear_to_constant_schedule(
       ``train.py`` of https://github.com/timgaripov/swa; Izmailov et al., UAI 2018,
       https://arxiv.org/abs/1803.05407, appendix.
     """
+    check_rate("init_value", init_value)
+    check_rate("swa_lr", swa_lr)
     start_step = _check_length("start_step", start_step)
 
     def schedule(step: Any) -> jax.Array:
         # 0.5 and 0.9 of start_step, in floats: exact wherever they fall on a step.
-        alpha = _alpha("linear", jnp.asarray(step) - start_step / 2, 2 * start_step / 5)
+        alpha = _alpha("linear", as_step(step) - start_step / 2, 2 * start_step / 5)
         return _blend(init_value, swa_lr, alpha)
 
     return schedule
@@ -209,8 +219,8 @@ def cyclic_schedule(
       A schedule from the step to a float32 scalar.
 
     Raises:
-      ValueError: ``cycle_steps < 1``.
-      TypeError: a ``cycle_steps`` that is no integer.
+      ValueError: ``cycle_steps < 1``, a rate that is negative or not finite.
+      TypeError: a ``cycle_steps`` that is no integer, a rate that is no number.
 
     Example:
       >>> schedule = cyclic_schedule(0.05, 0.01, cycle_steps=4)
@@ -220,13 +230,28 @@ def cyclic_schedule(
     References:
       Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407, equation (1).
     """
+    check_rate("max_value", max_value)
+    check_rate("min_value", min_value)
     cycle_steps = _check_length("cycle_steps", cycle_steps, at_least=1)
 
     def schedule(step: Any) -> jax.Array:
-        into = jnp.asarray(step) % cycle_steps + 1
+        into = as_step(step) % cycle_steps + 1
         return _blend(max_value, min_value, _alpha("linear", into, cycle_steps))
 
     return schedule
+
+
+def as_step(step: Any) -> jax.Array:
+    """A step as an array in which steps can be subtracted and multiplied.
+
+    Counters come in other dtypes too: that of ``flax.nnx.Optimizer`` is unsigned, and
+    a step before ``start_step`` would be a huge one after it.
+    """
+    step = jnp.asarray(step)
+    signed = jnp.issubdtype(step.dtype, jnp.signedinteger) and step.dtype.itemsize >= 4
+    if not jnp.issubdtype(step.dtype, jnp.integer) or signed:
+        return step
+    return step.astype(jnp.result_type(int))
 
 
 def _alpha(strategy: Strategy, elapsed: jax.Array, length: float) -> jax.Array:
@@ -269,15 +294,35 @@ def _check_length(name: str, value: Any, *, at_least: int = 0) -> int:
     return length
 
 
+def check_rate(name: str, rate: Any, or_else: str = "") -> None:
+    """Raises unless ``rate`` is a learning rate, as far as its value is known.
+
+    Args:
+      name: the argument to name in the message.
+      rate: what was given for it.
+      or_else: what else it could have been, as in ``" or None"``.
+    """
+    number = np.ndim(rate) == 0 and (
+        hasattr(rate, "__float__") and not isinstance(rate, bool | str)
+    )
+    if not number:
+        raise TypeError(
+            f"{name} must be a learning rate{or_else}, got {rate!r}; it is one number, "
+            "and for a rate for each group of parameters there is optax.partition"
+        )
+    known = not isinstance(rate, jax.core.Tracer)
+    if known and not (math.isfinite(float(rate)) and float(rate) >= 0):
+        raise ValueError(
+            f"{name} must be finite and not negative, got {rate!r}; it is the learning "
+            f"rate as the optimizer gets it{or_else and ','}{or_else}"
+        )
+
+
 def as_schedule(base: Any) -> Callable[[Any], Any]:
     """A learning rate, or a schedule, as a schedule."""
     if callable(base):
         return base
-    if isinstance(base, str) or np.ndim(base) != 0:
-        raise TypeError(
-            "base must be a learning rate or a schedule (step -> learning rate), got "
-            f"{base!r}"
-        )
+    check_rate("base", base, " or a schedule (step -> learning rate)")
     return functools.partial(_constant, base)
 
 

@@ -495,6 +495,12 @@ def test_equal_weighted_is_update_bn(kind: str, case_name: str) -> None:
             np.testing.assert_allclose(
                 var, case[f"stats/{norm}/var"] * (n[0] - 1) / n[0], rtol=4 * U
             )
+        # What is taken apart is what update_bn put together: its own variance is the
+        # plain mean of those that it finds for the batches one by one.
+        alone = [case[f"alone{i}/{norm}/var"] for i in range(len(n))]
+        np.testing.assert_allclose(
+            np.mean(alone, 0), case[f"stats/{norm}/var"], rtol=8 * U
+        )
         assert_stats_close(kind, stats[norm], case[f"stats/{norm}/mean"], var)
 
 

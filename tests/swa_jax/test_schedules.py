@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,6 +205,34 @@ def test_is_differentiable_and_finite_far_out(name):
     np.testing.assert_allclose(jax.grad(rate)(0.1), 0.5, rtol=1e-6)
 
 
+SHORT = {
+    "cosine": swa_jax.cosine_to_constant_schedule(0.4, 0.1, 15, warmup_steps=6),
+    "swa": swa_jax.swa_schedule(lambda step: 0.4 - 0.001 * step, 0.1, 15, 6),
+    "linear": swa_jax.linear_to_constant_schedule(0.4, 0.1, 15),
+    "cyclic": swa_jax.cyclic_schedule(0.4, 0.1, 7),
+    "recipe": swa_jax.SWA(0.5, 2, 0.1).schedule(0.4, 10, 3),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint8, np.int8, np.int16])
+def test_steps_of_any_integer_dtype(name, dtype):
+    """Flax's nnx.Optimizer counts in uint32: 3 - 15 must not wrap around there."""
+    steps = np.arange(40)
+    expected = [SHORT[name](int(step)) for step in steps]
+    narrow = [SHORT[name](dtype(step)) for step in steps]
+    np.testing.assert_array_equal(narrow, expected)
+    traced = jax.vmap(SHORT[name])(jnp.asarray(steps, dtype))
+    np.testing.assert_array_equal(traced, jax.vmap(SHORT[name])(jnp.asarray(steps)))
+    assert len(set(map(float, expected))) > 2
+
+
+def test_step_of_an_nnx_optimizer():
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    assert float(SHORT["swa"](optimizer.step[...])) == np.float32(0.4)
+
+
 COSINE = swa_jax.cosine_to_constant_schedule
 SWA = swa_jax.swa_schedule
 LINEAR = swa_jax.linear_to_constant_schedule
@@ -256,7 +285,30 @@ def test_lengths_that_are_no_integers_are_type_errors(make, length):
         make(length)
 
 
-@pytest.mark.parametrize("base", ["0.1", [0.1, 0.2], np.ones(3)])
+RATES = {
+    "init_value": lambda rate: COSINE(rate, 0.1, 3),
+    "swa_lr": lambda rate: COSINE(0.1, rate, 3),
+    "swa_lr ": lambda rate: SWA(0.1, rate, 3, 1),
+    "base": lambda rate: SWA(rate, 0.1, 3, 1),
+    "init_value ": lambda rate: LINEAR(rate, 0.1, 3),
+    "swa_lr  ": lambda rate: LINEAR(0.1, rate, 3),
+    "max_value": lambda rate: CYCLIC(rate, 0.1, 3),
+    "min_value": lambda rate: CYCLIC(0.1, rate, 3),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_are_checked_when_a_schedule_is_made(name):
+    for rate in (-0.1, np.nan, np.float32(np.inf), jnp.array(-1.0)):
+        with pytest.raises(ValueError, match=f"{name.strip()} must be finite and not"):
+            RATES[name](rate)
+    for rate in ("0.1", [0.1, 0.2], np.ones(1), True):
+        with pytest.raises(TypeError, match=f"{name.strip()} must be a learning rate"):
+            RATES[name](rate)
+    jax.jit(lambda rate: RATES[name](rate)(1))(0.1)  # not known yet: passes
+
+
+@pytest.mark.parametrize("base", ["0.1", [0.1, 0.2], np.ones(3), None, True])
 def test_a_base_that_is_neither_rate_nor_schedule_is_a_type_error(base):
     with pytest.raises(TypeError, match="base must be a learning rate or a schedule"):
         SWA(base, 0.05, 3, 1)
