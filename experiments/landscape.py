@@ -83,7 +83,8 @@ def measure(
         grid: Points on each side of the plane.
 
     Returns:
-        All of it in JSON's types: what `plot_width` draws.
+        All of it in JSON's types: what `plot_width` draws. The plane is None where the
+        solutions lie on a line, as an average of one epoch does with its last iterate.
     """
     labels = list(solutions)
     first = ravel_pytree(solutions[labels[0]])
@@ -102,14 +103,6 @@ def measure(
     }
     positions = np.linspace(-0.5, 1.5, 2 * grid - 1)
     segment = [at(points[0] + t * (points[1] - points[0])) for t in positions]
-    axes, coordinates = plane_basis(points)
-    low, high = coordinates.min(axis=0), coordinates.max(axis=0)
-    margin = 0.35 * (high - low).max()
-    xs, ys = (
-        np.linspace(a - margin, b + margin, grid)
-        for a, b in zip(low, high, strict=True)
-    )
-    plane = [[at(points[0] + x * axes[0] + y * axes[1]) for x in xs] for y in ys]
     return {
         "labels": labels,
         "distance": distance,
@@ -121,12 +114,29 @@ def measure(
             "positions": (distance * positions).tolist(),
             **_surface(segment)._asdict(),
         },
-        "plane": {
-            "x": xs.tolist(),
-            "y": ys.tolist(),
-            "points": coordinates.tolist(),
-            **_surface(plane)._asdict(),
-        },
+        "plane": _measure_plane(at, points, grid),
+    }
+
+
+def _measure_plane(
+    at: Callable[[np.ndarray], tuple[float, float]], points: np.ndarray, grid: int
+) -> dict[str, Any] | None:
+    try:
+        axes, coordinates = plane_basis(points)
+    except ValueError:
+        return None
+    low, high = coordinates.min(axis=0), coordinates.max(axis=0)
+    margin = 0.35 * (high - low).max()
+    xs, ys = (
+        np.linspace(a - margin, b + margin, grid)
+        for a, b in zip(low, high, strict=True)
+    )
+    plane = [[at(points[0] + x * axes[0] + y * axes[1]) for x in xs] for y in ys]
+    return {
+        "x": xs.tolist(),
+        "y": ys.tolist(),
+        "points": coordinates.tolist(),
+        **_surface(plane)._asdict(),
     }
 
 
@@ -136,8 +146,13 @@ def _surface(scores: Sequence[Any]) -> Surface:
 
 
 def read_width(path: pathlib.Path) -> dict[str, Any] | None:
-    """What `measure` found, if the file is there."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What `measure` found, if the file is there and whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    parts = {"labels", "distance", "rays", "segment", "plane"}
+    return found if isinstance(found, dict) and found.keys() >= parts else None
 
 
 def plot_width(data: dict[str, Any], title: str) -> bytes:
@@ -191,10 +206,14 @@ def _plot_segment(axes: Any, data: dict[str, Any], kind: str) -> None:
 
 def _plot_plane(axes: Any, data: dict[str, Any], kind: str, figure: Any) -> None:
     plane = data["plane"]
-    values = np.array(plane[kind])
-    low = values.min()
+    if plane is None:
+        axes.text(0.5, 0.5, "the three are on one line", ha="center", va="center")
+        axes.set_axis_off()
+        return
+    values = np.ma.masked_invalid(np.array(plane[kind], np.float64))
+    low, high = (values.min(), values.max()) if values.count() else (0.0, 0.0)
     # Finer near the bottom, where the solutions are.
-    levels = low + (values.max() - low) * np.linspace(0, 1, 16) ** 2
+    levels = low + (high - low) * np.linspace(0, 1, 16) ** 2
     if levels[-1] > levels[0]:
         filled = axes.contourf(plane["x"], plane["y"], values, levels, cmap="viridis_r")
         figure.colorbar(filled, ax=axes, format="%.3g")

@@ -145,9 +145,10 @@ def read_log(path: pathlib.Path) -> ParsedLog:
     """
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise LogError(
-            f"{path} cannot be read ({error.strerror}); name the --workdir of a job."
+            f"{path} cannot be read ({why}); name the --workdir of a job."
         ) from error
     complete = text[: text.rfind("\n") + 1]  # a job may be in the middle of a line
     try:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import math
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -10,9 +12,14 @@ from typing import Any, NamedTuple
 import rich.table
 import scipy.stats
 
+from experiments.configs import from_json
 from experiments.files import write_atomic, write_json
 from experiments.plans import Arm, Weights
 from experiments.settings import Config
+
+
+class ConfigError(ValueError):
+    """A work directory is not a job's; the message names the file."""
 
 
 class Score(NamedTuple):
@@ -98,10 +105,10 @@ def _test(row: Row, other: Row) -> Comparison:
 
 def mean_and_std(values: Sequence[float], digits: int) -> str:
     """Format the mean ± sample standard deviation; one value has only a mean."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not math.isfinite(mean):  # a seed that diverged
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -189,6 +196,26 @@ def config_dict(config: Config) -> dict[str, Any]:
         return str(value) if isinstance(value, pathlib.Path) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of the job in a work directory, wherever that is by now.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path = workdir / "config.json"
+    try:
+        content = json.loads(path.read_text())
+        return from_json({**content, "workdir": str(workdir)})
+    except (
+        *(OSError, ValueError, TypeError, LookupError),
+        *(AttributeError, AssertionError),
+    ) as error:
+        raise ConfigError(
+            f"{path} does not hold the settings of a job ({error}); name the --workdir"
+            " of one."
+        ) from error
 
 
 def write_results(

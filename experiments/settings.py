@@ -26,6 +26,7 @@ ModelName = Literal[
 Protocol = Literal["side_by_side", "fine_tune", "budgets"]
 CONVNETS = ("convnet", "nnx_convnet")
 WITH_DROPOUT = ("vgg16", "vgg16_bn", "transformer")
+TUNE_CONTROL_LRS = (0.001, 0.01)  # stands in every configuration, needed or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,8 @@ class Config:
     """Train on a fixed subset of this many examples. None: all of them."""
 
     hold_out: bool = True
-    """Keep the validation split out of training. Without it, training has those examples
-    as well, as published results do; --tune holds them out all the same."""
+    """Keep the validation split out of training. Without it, training has those
+    examples as well, as published results do; --tune holds them out all the same."""
 
     batch_size: int
     """Examples in a training batch."""
@@ -220,13 +221,14 @@ class Config:
     tune_swa_lrs: tuple[float, ...] = (0.05, 0.1, 0.2)
     """First grid of `swa_lr`, shared by the SWA arms; grows too."""
 
-    tune_control_lrs: tuple[float, ...] = (0.001, 0.01)
+    tune_control_lrs: tuple[float, ...] = TUNE_CONTROL_LRS
     """First grid of `control_lr`; grows too."""
 
     def __post_init__(self) -> None:
         """Reject settings that cannot run, naming the setting and the rule."""
         self._check_ranges()
         self._check_applicable()
+        self._check_misplaced()
         if self.model in CONVNETS:
             assert self.widths is not None
             assert self.strides is not None
@@ -269,12 +271,21 @@ class Config:
                 lambda value: 0 <= value < 1,
                 "be at least 0 and less than 1",
             ),
+            "widths strides": (
+                lambda values: all(value >= 1 for value in values),
+                "hold numbers of at least 1",
+            ),
+            "tune_learning_rates tune_weight_decays tune_swa_lrs tune_control_lrs": (
+                lambda values: values and all(0 < v < math.inf for v in values),
+                "hold at least one number, each above 0",
+            ),
         }
         for names, (holds, rule) in ranges.items():
             for name in names.split():
                 value = getattr(self, name)
                 _check(
-                    value is None or holds(value), f"{name} is {value}; it must {rule}."
+                    value is None or bool(holds(value)),
+                    f"{name} is {value}; it must {rule}.",
                 )
         _check(
             self.train_examples is None or self.train_examples >= 2,
@@ -309,12 +320,29 @@ class Config:
                 not needed or value is not None,
                 f"{name} is None; {self.name} needs a value.",
             )
-        for name in ("max_shift", "flip", "mixup_alpha"):
-            value = getattr(self, name)
+
+    def _check_misplaced(self) -> None:
+        """Settings that all experiments have, but not all may change."""
+        images = self.dataset != "shakespeare"
+        fine_tune = self.protocol == "fine_tune"
+        allowed = {
+            "max_shift": (images or not self.max_shift, "images"),
+            "flip": (images or not self.flip, "images"),
+            "mixup_alpha": (images or not self.mixup_alpha, "images"),
+            "swa_epochs": (
+                self.protocol != "budgets" or not self.swa_epochs,
+                "arms of one budget",
+            ),
+            "tune_control_lrs": (
+                fine_tune or self.tune_control_lrs == TUNE_CONTROL_LRS,
+                "fine-tuning",
+            ),
+        }
+        for name, (valid, subject) in allowed.items():
             _check(
-                not (text and value),
-                f"{name} is {value}; it belongs to images, not to {self.name}. Leave it"
-                " out.",
+                valid,
+                f"{name} is {getattr(self, name)}; it belongs to {subject}, not to"
+                f" {self.name}. Leave it out.",
             )
         _check(
             not (self.dataset == "imagenet2012" and self.max_shift),

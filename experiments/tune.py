@@ -1,4 +1,7 @@
-"""Choosing the learning rates of all arms on the validation split."""
+"""Choosing the learning rates of all arms on the validation split.
+
+Each trial is in tuning.json when it ends, so the same command goes on where it stopped.
+"""
 
 import dataclasses
 import math
@@ -13,30 +16,16 @@ import rich.table
 
 from experiments import data, plans
 from experiments.evaluate import Evaluation, averaged_network, evaluate
-from experiments.files import write_json
 from experiments.networks import make_model
 from experiments.plans import Arm
-from experiments.results import config_dict, mean_and_std
+from experiments.results import mean_and_std
 from experiments.settings import Config
 from experiments.train import Hooks, TrainState, compile_arm, train
+from experiments.trials import Record, Setting, Trial
 
 # A grid whose best value is at an edge grows, this often at most.
 MAX_EXTENSIONS = 4
 DIVERGED = Evaluation(0.0, math.inf)  # never the best
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One cell of a tuning grid: a line of the results, scored with several seeds."""
-
-    label: str  # of the line
-    arm: str
-    learning_rate: float
-    weight_decay: float
-    swa_lr: float | None  # None where the arm does not use it
-    control_lr: float | None
-    accuracy: tuple[float, ...]  # on the validation split, one per seed; fractions
-    loss: tuple[float, ...]
 
 
 Merit = tuple[float, float]  # larger is better
@@ -50,7 +39,10 @@ def merit(config: Config, trials: Sequence[Trial]) -> Merit:
 
 
 def search_grid(
-    start: Sequence[float], merit: Callable[[float], Any], factor: float
+    start: Sequence[float],
+    merit: Callable[[float], Any],
+    factor: float,
+    at_edge: Callable[[float], None] = lambda best: None,
 ) -> float:
     """Return the best of a grid, which grows while its best value is at an edge.
 
@@ -58,6 +50,7 @@ def search_grid(
         start: First values, at least one.
         merit: Evaluates a value; called once for each. Larger is better.
         factor: Ratio of an added value to its neighbour.
+        at_edge: Told of a best value that is at an edge still when growing ends.
     """
     merits = {value: merit(value) for value in sorted(start)}
     for _ in range(MAX_EXTENSIONS):
@@ -69,11 +62,17 @@ def search_grid(
         else:
             break
         merits[candidate] = merit(candidate)
-    return max(merits, key=merits.__getitem__)
+    best = max(merits, key=merits.__getitem__)
+    if best in (max(merits), min(merits)):
+        at_edge(best)
+    return best
 
 
 class _Validator(Hooks):
-    """Scores an arm's readouts on the validation split."""
+    """Scores an arm's readouts on the validation split.
+
+    Raises FloatingPointError where there is nothing finite to score.
+    """
 
     def __init__(self, config: Config, arm: Arm, splits: dict[str, data.Split]) -> None:
         self._arm = arm
@@ -88,15 +87,40 @@ class _Validator(Hooks):
             if at != epoch or weights != _tuned_weights(self._arm):
                 continue
             network = (
-                averaged_network(self._model, state, self._inputs)
+                self._averaged(state)
                 if method == "swa"
                 else (state.params, state.batch_stats)
             )
-            self.scores[label] = evaluate(self._model, *network, self._batches)
+            score = evaluate(self._model, *network, self._batches)
+            if not math.isfinite(score.loss):  # NaN would be the best or not by chance
+                raise FloatingPointError(f"validation loss is {score.loss}")
+            self.scores[label] = score
+
+    def _averaged(self, state: TrainState) -> tuple[Any, Any]:
+        try:
+            return averaged_network(self._model, state, self._inputs)
+        except ValueError as error:  # of the BatchNorm pass
+            if "not finite" not in str(error):
+                raise
+            raise FloatingPointError(str(error)) from error
 
 
 def _tuned_weights(arm: Arm) -> plans.Weights:
     return "iterate" if arm.averages_from is None else "average"
+
+
+def _tuned_labels(arm: Arm) -> list[str]:
+    return [r.label for r in arm.readouts if r.weights == _tuned_weights(arm)]
+
+
+def _setting(config: Config, arm: Arm) -> Setting:
+    return (
+        arm.name,
+        config.learning_rate,
+        config.weight_decay,
+        config.swa_lr if arm.averages_from is not None else None,
+        config.control_lr if arm.name == "control" else None,
+    )
 
 
 # Final states of arms, by (arm, learning rate, weight decay, seed); on the host.
@@ -110,7 +134,7 @@ def _run_trials(
     arms = {arm.name: arm for arm in plans.make_arms(config)}
     arm, train_split = arms[name], splits["train"]
     compiled = compile_arm(config, arm, train_split)
-    labels = [r.label for r in arm.readouts if r.weights == _tuned_weights(arm)]
+    labels = _tuned_labels(arm)
     scores: dict[str, list[Evaluation]] = {label: [] for label in labels}
     for seed in range(config.tune_seeds):
         validator = _Validator(config, arm, splits)
@@ -124,11 +148,7 @@ def _run_trials(
     return [
         Trial(
             label,
-            name,
-            config.learning_rate,
-            config.weight_decay,
-            config.swa_lr if arm.averages_from is not None else None,
-            config.control_lr if name == "control" else None,
+            *_setting(config, arm),
             tuple(score.accuracy for score in scores[label]),
             tuple(score.loss for score in scores[label]),
         )
@@ -155,15 +175,17 @@ def _parent_state(
 
 
 class _Tuner:
-    """Runs trials, shows each as it ends, and remembers them."""
+    """Runs trials, shows each as it ends, and writes them down."""
 
     def __init__(
         self,
         config: Config,
         splits: dict[str, data.Split],
         console: rich.console.Console,
+        record: Record,
     ) -> None:
         self._config, self._splits, self._console = config, splits, console
+        self._record = record
         self._parents: _Parents = {}
         self.trials: list[Trial] = []
         arms = plans.make_arms(config)
@@ -176,12 +198,36 @@ class _Tuner:
         """Train these arms with some settings changed; return their mean merit."""
         config = dataclasses.replace(self._config, **overrides)  # type: ignore[arg-type]
         trials = []
+        arms = {arm.name: arm for arm in plans.make_arms(config)}
         for name in names:
-            trials += _run_trials(config, self._splits, name, self._parents)
-        for trial in trials:
-            self._console.print("  ".join(filter(None, _cells(trial))))
-        self.trials += trials
+            trials += self._run_arm(config, arms[name])
         return merit(config, trials)
+
+    def _run_arm(self, config: Config, arm: Arm) -> list[Trial]:
+        earlier = self._record.find(_setting(config, arm), _tuned_labels(arm))
+        trials = earlier or _run_trials(config, self._splits, arm.name, self._parents)
+        for trial in trials:
+            note = "(known from tuning.json)" if earlier else ""
+            self._console.print("  ".join(filter(None, (*_cells(trial), note))))
+        self.trials += trials
+        if not earlier:
+            self._record.write(self.trials, None)
+        return trials
+
+    def _search(
+        self, name: str, merit: Callable[[float], Any], factor: float, given: str = ""
+    ) -> float:
+        """Search the grid of a setting, and say so where it ends at an edge."""
+        return search_grid(
+            getattr(self._config, f"tune_{name}s"),
+            merit,
+            factor,
+            lambda best: self._console.print(
+                f"{name}: {best:g}, the best{given}, is still at the edge of its grid,"
+                f" which grew {MAX_EXTENSIONS} times; give another first one with"
+                f" --tune-{name.replace('_', '-')}s"
+            ),
+        )
 
     def plain(self) -> dict[str, float]:
         """Search weight decays and, for each, peak learning rates."""
@@ -195,27 +241,26 @@ class _Tuner:
                 merits[rate, weight_decay] = found
                 return found
 
-            search_grid(self._config.tune_learning_rates, rate_merit, factor=2)
+            given = f" with weight_decay {weight_decay:g}"
+            self._search("learning_rate", rate_merit, 2, given)
             return max(m for (_, decay), m in merits.items() if decay == weight_decay)
 
-        search_grid(self._config.tune_weight_decays, best_merit, factor=4)
+        self._search("weight_decay", best_merit, 4)
         rate, decay = max(merits, key=merits.__getitem__)
         return {"learning_rate": rate, "weight_decay": decay}
 
     def swa(self, best: dict[str, float]) -> float:
         """Best constant rate, over all windows, with the plain arm's best settings."""
-        return search_grid(
-            self._config.tune_swa_lrs,
-            lambda rate: self.run(self._averaging, **best, swa_lr=rate),
-            factor=2,
+        return self._search(
+            "swa_lr", lambda rate: self.run(self._averaging, **best, swa_lr=rate), 2
         )
 
     def control(self, best: dict[str, float]) -> float:
         """Best rate of training on without averaging."""
-        return search_grid(
-            self._config.tune_control_lrs,
+        return self._search(
+            "control_lr",
             lambda rate: self.run(["control"], **best, control_lr=rate),
-            factor=math.sqrt(10),
+            math.sqrt(10),
         )
 
 
@@ -232,7 +277,7 @@ def _cells(trial: Trial) -> tuple[str, ...]:
 
 
 def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
-    """Tune all arms on the validation split; write tuning.json.
+    """Tune all arms on the validation split; write tuning.json, a trial at a time.
 
     First the plain arm's peak learning rate with each weight decay, at the whole
     budget, then SWA's constant rate, then the control's. Peak rate and weight decay are
@@ -242,9 +287,15 @@ def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
     Returns:
         The chosen learning_rate, weight_decay, swa_lr and, when fine-tuning,
         control_lr.
+
+    Raises:
+        DataUnavailableError: The data set cannot be had, or not as asked for.
+        StorageError: The work directory has a tuning with other settings, or cannot be
+            written.
     """
+    record = Record(config)
     splits = data.load_splits(config, ("train", "validation"))
-    tuner = _Tuner(config, splits, console)
+    tuner = _Tuner(config, splits, console, record)
     best = tuner.plain()
     chosen = {**best, "swa_lr": tuner.swa(best)}
     if config.protocol == "fine_tune":
@@ -257,12 +308,5 @@ def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
         table.add_row(*_cells(trial))
     console.print(table)
     console.print(f"chosen: {chosen}; set them in experiments/configs.py")
-    write_json(
-        config.workdir / "tuning.json",
-        {
-            "config": config_dict(config),
-            "chosen": chosen,
-            "trials": [dataclasses.asdict(trial) for trial in tuner.trials],
-        },
-    )
+    record.write(tuner.trials, chosen)
     return chosen

@@ -1,22 +1,26 @@
 """What a job leaves to look at, beyond its tables: curves.png and width.png."""
 
+import dataclasses
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import swa_jax
-from experiments import data, processes
+from experiments import data, plans, processes
 from experiments.curves import plot_curves
 from experiments.evaluate import evaluate, make_batch_stats_fn
 from experiments.files import write_atomic, write_json
-from experiments.landscape import measure, plot_width
+from experiments.landscape import ScoreFn, measure, plot_width
 from experiments.metrics import read_log
 from experiments.networks import make_model
-from experiments.runs import final_state
-from experiments.settings import Config
-from experiments.train import CompiledArm, TrainState
+from experiments.plans import Arm
+from experiments.runs import final_state, finished_scores, run_name
+from experiments.settings import ONE_PROCESS, Config
+from experiments.train import CompiledArm, TrainState, compile_arm
 
 # Examples behind each point of width.png: hundreds of points are scored.
 WIDTH_EXAMPLES = {"images": 2000, "text": 400}
@@ -32,47 +36,78 @@ def write_figures(
     Raises:
         StorageError: A run's final checkpoint cannot be read.
     """
-    solutions = _solutions(config, compiled) if config.width_plot else {}
+    if processes.is_main():
+        log = read_log(config.workdir / "metrics.jsonl")
+        write_atomic(config.workdir / "curves.png", plot_curves(log))
+    if config.width_plot:
+        _write_width(config, compiled, splits)
+
+
+def unfinished_runs(config: Config) -> list[str]:
+    """The runs whose solutions width.png shows, but who are not there yet."""
+    return [
+        run_name(arm.name, 0)
+        for arm in _width_arms(plans.make_arms(config))
+        if finished_scores(config, arm, 0) is None
+    ]
+
+
+def measure_width(config: Config) -> None:
+    """Write width.json and width.png from the checkpoints of finished runs.
+
+    Nothing is written among the runs: a job may be at work on others.
+
+    Raises:
+        StorageError: A run's final checkpoint cannot be read.
+        DataUnavailableError: The data set cannot be had.
+    """
+    # A state is the same under every strategy; here may be other devices.
+    config = dataclasses.replace(config, parallel="none", cluster=ONE_PROCESS)
+    splits = data.load_splits(config, ("train", "test"))
+    arms = _width_arms(plans.make_arms(config))
+    compiled = {arm.name: compile_arm(config, arm, splits["train"]) for arm in arms}
+    _write_width(config, compiled, splits)
+
+
+def _width_arms(arms: Sequence[Arm]) -> tuple[Arm, Arm]:
+    """Plain training, and the longest average."""
+    swa = min(
+        (arm for arm in arms if arm.averages_from is not None),
+        key=lambda arm: arm.averages_from or 0,
+    )
+    if swa.parent is not None:
+        plain = next(arm for arm in arms if arm.name == swa.parent)
+    else:  # the one trained as long as SWA
+        plain = next(
+            arm
+            for arm in arms
+            if arm.averages_from is None and arm.epochs == swa.epochs
+        )
+    return plain, swa
+
+
+def _write_width(
+    config: Config, compiled: dict[str, CompiledArm], splits: dict[str, data.Split]
+) -> None:
+    plain, swa = _width_arms([each.arm for each in compiled.values()])
+    plain_state = final_state(config, compiled[plain.name], 0)
+    swa_state = final_state(config, compiled[swa.name], 0)
     if not processes.is_main():
         return
-    log = read_log(config.workdir / "metrics.jsonl")
-    write_atomic(config.workdir / "curves.png", plot_curves(log))
-    if solutions:
-        states = {label: state for label, (state, _) in solutions.items()}
-        params = {label: each for label, (_, each) in solutions.items()}
-        some = next(iter(states.values()))
-        found = measure(_score_fn(config, splits, some.batch_stats), params)
-        write_json(config.workdir / "width.json", found)
-        title = f"Around the solutions on {config.name} (first seed)"
-        write_atomic(config.workdir / "width.png", plot_width(found, title))
-
-
-def _solutions(
-    config: Config, compiled: dict[str, CompiledArm]
-) -> dict[str, tuple[TrainState, Any]]:
-    """State and parameters: plain training's, SWA's, and SWA's last iterate."""
-    swa = min(
-        (each for each in compiled.values() if each.arm.averages_from is not None),
-        key=lambda each: each.arm.averages_from or 0,
-    )
-    plain = compiled[swa.arm.parent] if swa.arm.parent else None
-    if plain is None:  # the one trained as long as SWA
-        plain = next(
-            each
-            for each in compiled.values()
-            if each.arm.averages_from is None and each.arm.epochs == swa.arm.epochs
-        )
-    plain_state = final_state(config, plain, 0)
-    swa_state = final_state(config, swa, 0)
-    averaged = swa_jax.swa_params(swa_state.opt_state, swa_state.params)
-    return {
-        plain.arm.label: (plain_state, plain_state.params),
-        "SWA": (swa_state, averaged),
-        "SWA's last iterate": (swa_state, swa_state.params),
+    solutions = {
+        plain.label: plain_state.params,
+        "SWA": swa_jax.swa_params(swa_state.opt_state, swa_state.params),
+        "SWA's last iterate": swa_state.params,
     }
+    found = measure(_score_fn(config, splits, plain_state), solutions)
+    write_json(config.workdir / "width.json", found)
+    title = f"Around the solutions on {config.name} (first seed)"
+    write_atomic(config.workdir / "width.png", plot_width(found, title))
 
 
-def _score_fn(config: Config, splits: dict[str, data.Split], batch_stats: Any) -> Any:
+def _score_fn(
+    config: Config, splits: dict[str, data.Split], state: TrainState
+) -> ScoreFn:
     """Train loss and test error on some examples, BatchNorm fitted to each point."""
     model = make_model(config, splits["train"])
     size = config.eval_batch_size
@@ -90,7 +125,14 @@ def _score_fn(config: Config, splits: dict[str, data.Split], batch_stats: Any) -
     )
 
     def score(params: Any) -> tuple[float, float]:
-        fitted = recompute(params, batch_stats, inputs) if batch_stats else batch_stats
+        fitted = state.batch_stats
+        if fitted:
+            try:
+                fitted = recompute(params, fitted, inputs)
+            except ValueError as error:
+                if "not finite" not in str(error):
+                    raise
+                return math.nan, math.nan  # far out: a hole in the figure
         train = evaluate(model, params, fitted, train_batches)
         test = evaluate(model, params, fitted, test_batches)
         return train.loss, 100 * (1 - test.accuracy)

@@ -121,14 +121,16 @@ def test_idx_builder_reads_what_was_written(idx_dir, tmp_path):
 def test_damaged_idx_file_is_an_error(tmp_path, content, message):
     path = tmp_path / "images.gz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(data.DataError, match=message) as caught:
         builders.read_idx(path, 3)
     assert str(path) in str(caught.value)
 
 
 def test_wrong_number_of_images_is_an_error(idx_dir):
     write_fashion_mnist(idx_dir, {"train": 12})
-    with pytest.raises(ValueError, match=r"has shape \(12, 28, 28\).*\(13, 28, 28\)"):
+    with pytest.raises(
+        data.DataError, match=r"has shape \(12, 28, 28\).*\(13, 28, 28\)"
+    ):
         builders.read_fashion_mnist(idx_dir, "train")
 
 
@@ -143,5 +145,5 @@ def test_wrong_labels_are_an_error(idx_dir, labels, message):
     write_fashion_mnist(idx_dir, {"train": 13})
     _, label_path = builders.idx_files(idx_dir, "train")
     label_path.write_bytes(gzip.compress(idx_bytes(labels)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(data.DataError, match=message):
         builders.read_fashion_mnist(idx_dir, "train")

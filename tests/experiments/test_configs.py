@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import pathlib
 
 import pytest
@@ -80,6 +81,13 @@ def test_configuration_survives_json(tiny, tiny_fine_tune):
         ({"swa_epochs": ()}, "swa_epochs is empty; .* --swa-epochs 5 10"),
         ({"swa_epochs": (5, 5)}, r"swa_epochs is \(5, 5\); each window .* once"),
         ({"strides": (1,)}, r"strides is \(1,\); give one of each"),
+        ({"widths": (4, 0, 4)}, r"widths is \(4, 0, 4\); .* numbers of at least 1"),
+        ({"strides": (1, -1, 1)}, r"strides is \(1, -1, 1\); .* at least 1"),
+        ({"tune_learning_rates": ()}, r"tune_learning_rates is \(\); .* at least one"),
+        ({"tune_weight_decays": (0.0,)}, r"tune_weight_decays is \(0.0,\); .* above 0"),
+        ({"tune_swa_lrs": (0.1, -1.0)}, r"tune_swa_lrs is \(0.1, -1.0\); .* above 0"),
+        ({"tune_swa_lrs": (math.nan,)}, r"tune_swa_lrs is \(nan,\); .* above 0"),
+        ({"tune_control_lrs": (0.1,)}, r"tune_control_lrs .* belongs to fine-tuning"),
         ({"context": 64}, "context is 64; it belongs to text, not to digits"),
         ({"layers": 2}, "layers is 2; it belongs to Transformers, not to digits"),
         ({"dropout": 0.1}, "dropout is 0.1; it belongs to VGG16 and Transformers"),
@@ -100,6 +108,12 @@ def test_settings_that_cannot_run_are_errors(overrides, message):
         ("shakespeare", {"heads": 3}, "width is 64 with heads=3; each head takes"),
         ("imagenet_resnet50", {"max_shift": 4}, "max_shift is 4; ImageNet has random"),
         ("cifar10_vgg16", {"swa_start": 201}, "swa_start is 201, .* after epoch 200"),
+        (
+            "cifar10_vgg16",
+            {"swa_epochs": (5,)},
+            "swa_epochs .* arms of one budget, not",
+        ),
+        ("fashion_mnist_5000", {"tune_control_lrs": ()}, "tune_control_lrs is .* one"),
         ("cifar10_vgg16", {"budgets": (2, 1)}, r"budgets is \(2, 1\); .* ascending"),
     ],
 )

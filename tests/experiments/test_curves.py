@@ -1,12 +1,20 @@
+import dataclasses
+import functools
 import io
+import json
+import shutil
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
 import rich.console
 
-from experiments import curves, report
+from experiments import curves, data, landscape, report, watch
+from experiments.checkpoints import open_workdir
+from experiments.compare import train_and_evaluate
 from experiments.metrics import LogError, open_log, read_log
+from experiments.results import config_dict
 from experiments.style import BLUE, GREEN, ORANGE
 
 
@@ -106,6 +114,7 @@ def test_report_tells_the_state_of_every_run(tmp_path, capsys, monkeypatch):
     write(tmp_path, FINE_TUNE, stop=10)
     assert report.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
+    assert "config.json does not hold the settings of a job" in line_of(shown)
     rows = {
         line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line
     }
@@ -123,3 +132,125 @@ def test_report_of_no_job_is_an_error(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
     with pytest.raises(LogError, match="name the --workdir of a job"):
         report.report(tmp_path, rich.console.Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A finished job of one seed, without width.png."""
+    workdir = tmp_path_factory.mktemp("job") / "run"
+    config = dataclasses.replace(tiny_model, workdir=workdir, seeds=1)
+    train_and_evaluate(config, rich.console.Console(file=io.StringIO()))
+    return config
+
+
+@pytest.fixture
+def job(finished, tmp_path, monkeypatch):
+    """A copy of it; what width.png shows is measured at few points."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    few = functools.partial(landscape.measure, num_rays=1, num_radii=2, grid=3)
+    monkeypatch.setattr(watch, "measure", few)
+    return dataclasses.replace(finished, workdir=tmp_path / "run")
+
+
+def states(directory):
+    """Of all that is there, when it was changed and how."""
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in (directory, *directory.rglob("*"))
+    }
+
+
+def shown_of(job, capsys, *args):
+    assert report.main([str(job.workdir), *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_report_measures_what_width_shows_once(job, capsys, monkeypatch):
+    before = states(job.workdir / "runs")
+    assert "measuring the loss" in shown_of(job, capsys)
+    assert states(job.workdir / "runs") == before
+    measured = json.loads((job.workdir / "width.json").read_text())
+    assert measured["labels"] == ["SGD", "SWA", "SWA's last iterate"]
+    # A ray starts at the solution, which scores as it does in the table.
+    rows = json.loads((job.workdir / "results.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["label"] == "SWA, last 3 epochs")
+    error = measured["rays"]["surfaces"]["SWA"]["test_error"][0][0]
+    assert error == pytest.approx(100 * (1 - row["accuracy"][0]), abs=1e-6)
+    image = pixels((job.workdir / "width.png").read_bytes())
+    assert hits(image, ORANGE).sum() > 100
+
+    (job.workdir / "width.png").unlink()
+    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("again"))
+    assert "width.png written to" in " ".join(shown_of(job, capsys).split())
+    assert (job.workdir / "width.png").is_file()
+
+
+def test_report_beside_a_running_job(job, capsys):
+    """The runs that the figure needs are finished, another one is at work."""
+    (job.workdir / "results.json").unlink()
+    shutil.rmtree(job.workdir / "runs" / "swa1-seed0")
+    with open_workdir(job.workdir, config_dict(job)):  # the job's lock
+        before = states(job.workdir / "runs")
+        shown = shown_of(job, capsys)
+        assert states(job.workdir / "runs") == before
+    assert "missing" not in shown
+    assert (job.workdir / "width.png").is_file()
+
+
+def line_of(shown):
+    (line,) = (line for line in shown.splitlines() if "width.png is missing: " in line)
+    return line
+
+
+def test_report_says_which_run_width_waits_for(job, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("too soon"))
+    (job.workdir / "runs" / "swa3-seed0" / "finished.json").unlink()
+    shown = shown_of(job, capsys)
+    assert line_of(shown).endswith("it needs swa3-seed0, not finished yet")
+    assert (job.workdir / "curves.png").is_file()
+    assert not (job.workdir / "width.png").exists()
+
+
+def test_report_measures_nothing_if_asked_not_to(job, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("no"))
+    assert "--no-width" in line_of(shown_of(job, capsys, "--no-width"))
+
+
+def test_report_says_what_width_cannot_be_measured_from(job, capsys, monkeypatch):
+    def absent(*args):
+        raise data.DataUnavailableError("digits is not prepared")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_splits", absent)
+        assert line_of(shown_of(job, capsys)).endswith(": digits is not prepared")
+    for path in (job.workdir / "runs" / "sgd-seed0").rglob("*"):
+        if path.is_file() and path.name != "finished.json":
+            path.write_bytes(b"")
+    assert "sgd-seed0" in line_of(shown_of(job, capsys))
+    (job.workdir / "config.json").write_text("[]")
+    assert "does not hold the settings of a job" in line_of(shown_of(job, capsys))
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_report_leaves_accelerators_to_a_job_at_work(
+    tmp_path, capsys, monkeypatch, over, chosen
+):
+    if over:
+        (tmp_path / "results.json").touch()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    if not chosen:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *args: updates.append(args))
+    assert report.main([str(tmp_path)]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert updates == ([] if over or chosen else [("jax_platforms", "cpu")])
+
+
+def test_log_of_other_bytes_is_an_error(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    assert report.main([str(tmp_path)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "name the --workdir of a job" in shown

@@ -1,10 +1,13 @@
 import dataclasses
+import gzip
+import logging
+import re
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments import builders, data
+from experiments import builders, data, errors
 from experiments.augment import shift_and_flip
 from experiments.builders import Examples
 from experiments.data import MemorySplit
@@ -20,7 +23,7 @@ def numbered(count):
 def test_train_examples_is_a_fixed_prefix(tiny):
     (small,) = data.load_splits(tiny, ("train",)).values()
     more = dataclasses.replace(tiny, train_examples=1050, seeds=1)
-    with pytest.raises(ValueError, match=r"train_examples is 1050; .* has 896"):
+    with pytest.raises(data.DataError, match=r"train_examples is 1050; .* has 896"):
         data.load_splits(more, ("train",))
     (larger,) = data.load_splits(
         dataclasses.replace(tiny, train_examples=60), ("train",)
@@ -46,6 +49,63 @@ def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
 
 def test_load_splits_reads_only_what_is_named(tiny):
     assert list(data.load_splits(tiny, ("validation",))) == ["validation"]
+
+
+def as_bytes(split):
+    return [image.tobytes() for image in split.examples.inputs]
+
+
+def test_training_may_have_the_validation_split_too(tiny):
+    held = dataclasses.replace(tiny, train_examples=None)
+    names = "train", "validation", "test"
+    train, validation, test = data.load_splits(held, names).values()
+    everything = dataclasses.replace(held, hold_out=False)
+    both = data.load_splits(everything, ("train", "test"))
+    assert as_bytes(both["train"]) == as_bytes(train) + as_bytes(validation)
+    np.testing.assert_array_equal(
+        both["train"].examples.labels,
+        np.concatenate([train.examples.labels, validation.examples.labels]),
+    )
+    assert as_bytes(both["test"]) == as_bytes(test)
+
+
+def test_tuning_holds_out_all_the_same(tiny):
+    held = dataclasses.replace(tiny, train_examples=None)
+    tuned = dataclasses.replace(held, hold_out=False, tune=True)
+    names = "train", "validation"
+    for a, b in zip(
+        data.load_splits(held, names).values(),
+        data.load_splits(tuned, names).values(),
+        strict=True,
+    ):
+        assert as_bytes(a) == as_bytes(b)
+
+
+def test_a_limit_counts_both_splits(tiny):
+    config = dataclasses.replace(tiny, hold_out=False, train_examples=900)
+    (split,) = data.load_splits(config, ("train",)).values()
+    assert split.num_examples == 900  # four more than the train split has
+    more = dataclasses.replace(config, train_examples=1197)
+    with pytest.raises(data.DataError, match=r"train_examples is 1197; .* has 1196"):
+        data.load_splits(more, ("train",))
+
+
+def test_slices_of_one_split_are_put_together(tiny, monkeypatch):
+    """As CIFAR's are, whose validation split tfds does not have."""
+    slices = {"train": "test[:100]", "validation": "test[100:]", "test": "train"}
+    monkeypatch.setattr(data, "OWN_SPLITS", slices)
+    config = dataclasses.replace(tiny, train_examples=None)
+    train, validation = data.load_splits(config, ("train", "validation")).values()
+    assert (train.num_examples, validation.num_examples) == (100, 501)
+    both = dataclasses.replace(config, hold_out=False)
+    (split,) = data.load_splits(both, ("train",)).values()
+    assert as_bytes(split) == as_bytes(train) + as_bytes(validation)
+
+
+def test_a_split_names_its_source(tiny, split):
+    (loaded,) = data.load_splits(tiny, ("test",)).values()
+    assert loaded.source == "digits/1.0.0"
+    assert split.source == "memory"
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(20, 8), (24, 8), (5, 8), (3, 8)])
@@ -180,7 +240,32 @@ def test_fashion_mnist_without_files_or_network(fashion, tmp_path, monkeypatch):
     assert "apt-get install dataset-fashion-mnist" in message
     assert "pip install tensorflow-cpu &&" in message
     assert "tfds build fashion_mnist --file_format=array_record" in message
+    assert "--data_dir" not in message
     assert "no route to host" in message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+def test_commands_name_the_data_directory(tmp_path, monkeypatch, name):
+    def no_network(*args, **kwargs):
+        logging.getLogger("urllib3.connectionpool").warning("Retrying")
+        raise OSError("no route to host")
+
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    logger = logging.getLogger("urllib3.connectionpool")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
+    place = tmp_path / "my data"
+    with pytest.raises(data.DataUnavailableError) as caught:
+        data._stock(name, place)
+    assert f"tfds build {name} --file_format=array_record --data_dir='{place}'" in str(
+        caught.value
+    )
+    manual = f"archives must lie in {place}/downloads/manual"
+    assert (manual in str(caught.value)) == (name == "imagenet2012")
+    assert not seen  # ten warnings, one for each retry
 
 
 class Rows(list):
@@ -206,6 +291,7 @@ def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
     np.testing.assert_array_equal(splits["train"].examples.inputs, stock.inputs[:5])
     np.testing.assert_array_equal(splits["test"].examples.labels, stock.labels[8:])
     assert splits["test"].examples.labels.dtype == np.int32
+    assert re.fullmatch(r"fashion_mnist/[\d.]+", splits["test"].source)
 
 
 def test_fashion_mnist_prefers_the_installed_files(fashion, tmp_path, monkeypatch):
@@ -226,3 +312,16 @@ def test_fashion_mnist_prefers_the_installed_files(fashion, tmp_path, monkeypatc
     with pytest.raises(InterruptedError):
         data.load_splits(fashion, ("train",))
     assert made == [tmp_path]
+
+
+def test_damaged_fashion_mnist_is_a_data_error(fashion, tmp_path, monkeypatch):
+    """It goes through tfds, which wraps some errors in its own."""
+    for prefix in ("train", "t10k"):
+        for path in builders.idx_files(tmp_path, prefix):
+            path.write_bytes(gzip.compress(bytes(100)))
+    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path)
+    config = dataclasses.replace(fashion, data_dir=tmp_path / "tfds")
+    with pytest.raises(data.DataError, match="an IDX file of unsigned bytes") as caught:
+        data.load_splits(config, ("train",))
+    # The command line says it in a line.
+    assert errors.explanation(caught.value) == str(caught.value)

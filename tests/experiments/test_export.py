@@ -1,8 +1,11 @@
 import dataclasses
+import errno
 import io
 import json
+import os
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import rich.console
 import safetensors
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 from safetensors.flax import load_file
 
@@ -82,6 +86,139 @@ def test_export_says_what_it_is(job, tmp_path):
     assert metadata(out)["arm"] == "swa3"
     assert {path.name for path in out.iterdir()} == {"orbax", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {"there"}  # no drafts left
+
+
+PARAMS = {"Dense_0": {"kernel": np.ones((2, 3), np.float32)}}
+
+
+def write_export(out, value="1"):
+    export.write_export(out, PARAMS, {}, {"experiment": "digits", "value": value})
+
+
+def contents(directory):
+    return {
+        str(path.relative_to(directory)): path.is_file() and path.read_bytes()
+        for path in directory.rglob("*")
+    }
+
+
+def thesis(out):
+    (out / "deep").mkdir(parents=True)
+    (out / "deep" / "thesis.tex").write_text("years of work")
+
+
+def foreign_model(out):
+    """Another program's directory with the names of ours."""
+    (out / "orbax").mkdir(parents=True)
+    safetensors.numpy.save_file({"x": np.ones(1)}, out / "model.safetensors")
+
+
+def with_notes(out):
+    write_export(out)
+    (out / "notes.txt").write_text("which run this was")
+
+
+@pytest.mark.parametrize("fill", [thesis, foreign_model, with_notes])
+def test_what_is_not_an_export_is_never_replaced(job, tmp_path, capsys, fill):
+    fill(tmp_path / "precious")
+    (tmp_path / "link").symlink_to("precious")
+    before = contents(tmp_path)
+    for out in ("precious", "link"):
+        with pytest.raises(export.ExportError, match="something other than an earlie"):
+            write_export(tmp_path / out)
+        assert export.main([str(job.workdir), "--out", str(tmp_path / out)]) == 1
+        shown = capsys.readouterr().err
+        assert "name a directory that is empty or not there" in shown
+        assert shown.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_directory_and_an_export_are_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for value in ("1", "2"):
+        write_export(out, value)
+        with safetensors.safe_open(out / "model.safetensors", "numpy") as file:
+            assert file.metadata()["value"] == value
+        assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write_export(out)
+    before = contents(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.safetensors.numpy, "save_file", full)
+    with pytest.raises(export.ExportError, match=r"cannot be written .* No space left"):
+        write_export(out)
+    monkeypatch.undo()
+    replace = os.replace
+
+    def refuse(source, target):
+        if pathlib.Path(target) == out and ".old" not in str(source):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(export.os, "replace", refuse)
+    with pytest.raises(export.ExportError, match="Permission denied"):
+        write_export(out)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["a file", "under a file", "/dev/null/x"])
+def test_where_no_directory_can_be_is_an_error(
+    job, tmp_path, capsys, kind, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    out = {"a file": file, "under a file": file / "a" / "b"}.get(kind, kind)
+    # Told before the data set is read and the BatchNorm pass made.
+    monkeypatch.setattr(export, "_averaged", lambda *args: pytest.fail("too late"))
+    assert export.main([str(job.workdir), "--out", str(out)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: out is ")
+    assert shown.count("\n") == 1
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"step": 1}', '{"scores": {"a": 1}}'])
+@pytest.mark.parametrize("name", ["config.json", "runs/swa3-seed0/finished.json"])
+def test_damaged_files_of_a_job_are_errors(job, tmp_path, capsys, content, name):
+    workdir = tmp_path / "copy"
+    shutil.copytree(job.workdir, workdir)
+    (workdir / name).write_text(content)
+    assert export.main([str(workdir)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {workdir / name} ")
+    assert shown.count("\n") == 1
+
+
+def test_data_that_cannot_be_had_are_an_error(job, tmp_path, capsys, monkeypatch):
+    def damaged(*args):
+        raise data.DataError("train-images is damaged: reinstall it.")
+
+    monkeypatch.setattr(data, "load_splits", damaged)
+    assert export.main([str(job.workdir), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "error: train-images is damaged: reinstall it.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_of_many_devices_is_exported_on_one(job, tmp_path):
+    """Where a job was trained says nothing of where it is exported."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(job.workdir, workdir)
+    content = json.loads((workdir / "config.json").read_text())
+    content["parallel"] = "jit"
+    content["batch_size"] = 9  # not a multiple of the eight devices here
+    (workdir / "config.json").write_text(json.dumps(content))
+    out, _ = export.export(workdir)
+    assert metadata(out)["config"]["parallel"] == "jit"
+    expected = load_file(export.export(job.workdir)[0] / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(

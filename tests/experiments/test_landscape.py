@@ -1,11 +1,14 @@
 import io
+import json
 
+import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import landscape
+from experiments import data, landscape, plans, watch
+from experiments.train import compile_arm
 
 
 def test_directions_are_uniform_unit_vectors():
@@ -72,8 +75,51 @@ def test_measures_a_bowl(measured):
     assert min(plane["y"]) < 0 < 4 < max(plane["y"])
 
 
+def test_average_of_one_epoch_has_no_plane():
+    """It is its last iterate; the other panels are there all the same."""
+    average = {"a": jnp.ones(3)}
+    solutions = {"sgd": {"a": jnp.zeros(3)}, "swa": average, "last": average}
+    few = {"num_rays": 1, "num_radii": 2, "grid": 3}
+    found = landscape.measure(lambda p: (float(p["a"].sum()), 1.0), solutions, **few)
+    assert found["plane"] is None
+    assert_shows_both(landscape.plot_width(found, "a line"))
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf])
+def test_points_without_a_score_are_holes(measured, hole):
+    for kind in ("train_loss", "test_error"):
+        measured["plane"][kind][0][0] = hole
+        measured["rays"]["surfaces"]["sgd"][kind][0][-1] = hole
+    assert_shows_both(landscape.plot_width(measured, "a bowl with a hole"))
+    for kind in ("train_loss", "test_error"):
+        measured["plane"][kind] = [[hole] * 5] * 5
+    assert_shows_both(landscape.plot_width(measured, "nothing but a hole"))
+
+
+def test_weights_that_are_not_finite_have_no_score(tiny):
+    splits = data.load_splits(tiny, ("train", "test"))
+    compiled = compile_arm(tiny, plans.make_arms(tiny)[0], splits["train"])
+    state = compiled.init(jax.random.key(0))
+    score = watch._score_fn(tiny, splits, state)
+    assert np.isfinite(score(state.params)).all()
+    assert np.isnan(score(jax.tree.map(lambda x: x * np.inf, state.params))).all()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"labels": []}'])
+def test_what_measure_did_not_write_is_measured_anew(tmp_path, measured, content):
+    path = tmp_path / "width.json"
+    if content is not None:
+        path.write_text(content)
+    assert landscape.read_width(path) is None
+    path.write_text(json.dumps(measured))
+    assert landscape.read_width(path) == measured
+
+
 def test_plot_shows_both_solutions(measured):
-    content = landscape.plot_width(measured, "a bowl")
+    assert_shows_both(landscape.plot_width(measured, "a bowl"))
+
+
+def assert_shows_both(content):
     pixels = matplotlib.image.imread(io.BytesIO(content), format="png")[..., :3]
     for colour in ((0x1F, 0x77, 0xB4), (0xD9, 0x48, 0x0F)):
         hits = np.all(np.abs(pixels - np.array(colour) / 255) < 0.02, axis=-1)

@@ -1,16 +1,19 @@
 """The networks of the published experiments: sizes, dtypes, modes."""
 
 import dataclasses
+import io
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 import swa_jax
 from experiments import configs, data, models
 from experiments.builders import Examples
+from experiments.compare import train_and_evaluate
 from experiments.data import MemorySplit
 from experiments.evaluate import make_batch_stats_fn
 from experiments.networks import make_model
@@ -57,12 +60,25 @@ SMALL = [
     models.ResNet((1, 1, 1, 1), num_classes=10),
 ]
 NAMES = [type(model).__name__ for model in SMALL]
+# Networks without statistics, with what they take and give.
+WITHOUT_NORM = models.VGG16(batch_norm=False)
+TEXT = models.Transformer(vocab_size=10, context=6, layers=2, heads=2, width=8)
+TOKENS = jax.ShapeDtypeStruct((2, 6), jnp.uint8)
 
 
-@pytest.mark.parametrize("model", SMALL, ids=NAMES)
-def test_parameters_statistics_and_logits_are_float32_under_bfloat16(model):
+@pytest.mark.parametrize(
+    ("model", "inputs", "logits_shape"),
+    [
+        *((model, CIFAR, (2, 10)) for model in (*SMALL, WITHOUT_NORM)),
+        (TEXT, TOKENS, (2, 6, 10)),
+    ],
+    ids=[*NAMES, "plain VGG16", "Transformer"],
+)
+def test_parameters_statistics_and_logits_are_float32_under_bfloat16(
+    model, inputs, logits_shape
+):
     model = dataclasses.replace(model, dtype=jnp.bfloat16)
-    variables = shapes(model)
+    variables = shapes(model, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
     def both(variables, images, key):
@@ -75,15 +91,15 @@ def test_parameters_statistics_and_logits_are_float32_under_bfloat16(model):
             rngs={"dropout": key},
         )
 
-    evaluated, (trained, updated) = jax.eval_shape(both, variables, CIFAR, KEY)
+    evaluated, (trained, updated) = jax.eval_shape(both, variables, inputs, KEY)
     for logits in (evaluated, trained):
-        assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
+        assert (logits.shape, logits.dtype) == (logits_shape, jnp.float32)
     # The state has one structure and one dtype, step after step.
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), updated["batch_stats"]) == (
-        jax.tree.map(lambda x: (x.shape, x.dtype), variables["batch_stats"])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updated.get("batch_stats")) == (
+        jax.tree.map(lambda x: (x.shape, x.dtype), variables.get("batch_stats"))
     )
     text = str(jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
-        variables, jnp.zeros(CIFAR.shape, CIFAR.dtype)
+        variables, jnp.zeros(inputs.shape, inputs.dtype)
     ))  # fmt: skip
     assert "bf16" in text
 
@@ -259,3 +275,21 @@ def test_every_experiment_has_its_network(name):
         lambda v, x: model.apply(v, x, train=False), variables, inputs
     )
     assert logits.shape[-1] == split.num_classes
+
+
+def test_nnx_network_trains_to_the_end(tiny):
+    """As a whole job, its BatchNorm pass included."""
+    _, nnx = configs.EXPERIMENTS["digits_nnx"]
+    config = dataclasses.replace(
+        tiny, name=nnx.name, model=nnx.model, seeds=1, epochs=3, swa_epochs=(2,)
+    )
+    rows = train_and_evaluate(config, rich.console.Console(file=io.StringIO()))
+    assert [row.label for row in rows] == [
+        "SGD",
+        "SWA, last 2 epochs",
+        "SWA, last 2 epochs, no BatchNorm pass",
+    ]
+    for row in rows:
+        assert np.isfinite([*row.loss, *row.train_loss]).all()
+    # The pass matters: the same weights do better with statistics of their own.
+    assert rows[1].train_loss[0] < rows[2].train_loss[0]

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ def test_standard_deviation_is_that_of_a_sample():
     # Deviations -1, 0, 1: variance 2 / (3 - 1) = 1; dividing by 3 would give 0.82.
     assert results.mean_and_std([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert results.mean_and_std([0.98765], 4) == "0.9877"
+    assert results.mean_and_std([1.0, math.inf], 2) == "inf"  # a seed that diverged
 
 
 def test_comparison_is_a_paired_test_over_seeds(tiny):

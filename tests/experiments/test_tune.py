@@ -2,11 +2,13 @@ import dataclasses
 import io
 import json
 import math
+import pathlib
 
 import pytest
 import rich.console
 
-from experiments import configs, data, tune
+from experiments import configs, data, plans, tune
+from experiments.errors import StorageError
 from experiments.train import train
 
 
@@ -30,9 +32,11 @@ def test_grid_grows_until_its_best_is_inside(peak, evaluated):
         calls.append(value)
         return -abs(math.log(value / peak))
 
-    best = tune.search_grid((4.0, 1.0, 2.0), merit, factor=2)
+    told = []
+    best = tune.search_grid((4.0, 1.0, 2.0), merit, 2, told.append)
     assert sorted(calls) == evaluated  # each of them once
     assert best == min(peak, max(evaluated))
+    assert told == ([best] if peak == 1e9 else [])
 
 
 @pytest.fixture
@@ -90,6 +94,138 @@ def test_choice_is_the_best_of_the_validation_scores(tiny, monkeypatch):
     assert "60.00 ± 0.00" in console.file.getvalue()
 
 
+@pytest.fixture
+def search(tiny, monkeypatch):
+    """A search with made-up scores, at the edge of one grid; and what it ran."""
+    config = dataclasses.replace(
+        tiny,
+        tune_seeds=2,
+        tune_learning_rates=(0.1, 0.2),
+        tune_weight_decays=(1e-4,),
+        tune_swa_lrs=(0.01, 0.02),
+    )
+    ran = []
+
+    def made_up(config, splits, name, parents):
+        arms = {arm.name: arm for arm in plans.make_arms(config)}
+        ran.append(tune._setting(config, arms[name]))
+        # The larger the decay the better, and rates near 0.2 and 0.02.
+        score = config.weight_decay - abs(math.log(config.learning_rate / 0.2))
+        score -= abs(math.log(config.swa_lr / 0.02))
+        # A seed that diverged is kept as well.
+        losses = math.inf, math.sqrt(len(ran))
+        return [
+            tune.Trial(label, *ran[-1], (score, 0.5), losses)
+            for label in tune._tuned_labels(arms[name])
+        ]
+
+    monkeypatch.setattr(tune, "_run_trials", made_up)
+    return config, ran
+
+
+def read_tuning(config):
+    return json.loads((config.workdir / "tuning.json").read_text())
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 12])
+def test_a_tuning_that_was_killed_goes_on_where_it_stopped(search, tmp_path, stop):
+    config, ran = search
+    whole = dataclasses.replace(config, workdir=tmp_path / "whole")
+    chosen = tune.tune(whole, quiet())
+    expected, settings = read_tuning(whole), list(ran)
+    assert len(settings) > 12
+    ran.clear()
+
+    made_up = tune._run_trials
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*args):
+            if len(ran) == stop:
+                raise KeyboardInterrupt
+            return made_up(*args)
+
+        patch.setattr(tune, "_run_trials", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune.tune(config, quiet())
+    written = read_tuning(config)
+    assert written["chosen"] is None
+    assert written["trials"] == expected["trials"][:stop]
+
+    console = quiet()
+    # What only says where things are may change, and the grids.
+    again = dataclasses.replace(config, log_every=7, tune_control_lrs=(0.001, 0.01))
+    assert tune.tune(again, console) == chosen
+    assert ran == settings  # each of them once
+    finished = read_tuning(config)
+    assert (finished["trials"], finished["chosen"]) == (
+        expected["trials"],
+        expected["chosen"],
+    )
+    assert finished.keys() == expected.keys()
+    assert console.file.getvalue().count("known from tuning.json") == stop
+
+    tune.tune(config, quiet())  # finished: nothing is left to do
+    assert ran == settings
+
+
+def test_trials_of_another_grid_are_kept(search):
+    config, ran = search
+    tune.tune(config, quiet())
+    before = read_tuning(config)["trials"]
+    ran.clear()
+    other = dataclasses.replace(config, tune_swa_lrs=(0.3,), swa_lr=0.7)
+    tune.tune(other, quiet())
+    assert ran
+    assert {setting[0] for setting in ran} == {"swa1", "swa3"}  # plain ones are known
+    after = read_tuning(config)["trials"]
+    assert all(trial in after for trial in before)
+    assert len(after) == len(before) + len(ran)
+
+
+def test_tuning_of_other_settings_is_not_overwritten(search):
+    config, ran = search
+    tune.tune(config, quiet())
+    before = (config.workdir / "tuning.json").read_bytes()
+    ran.clear()
+    other = dataclasses.replace(config, epochs=5, tune_seeds=3)
+    with pytest.raises(
+        StorageError, match=r"other settings: epochs was 4, now 5; tune_seeds was 2, n"
+    ):
+        tune.tune(other, quiet())
+    assert not ran
+    assert (config.workdir / "tuning.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"config": {}}', '{"trials": [3]}'])
+def test_damaged_tuning_is_an_error(search, content):
+    config, ran = search
+    config.workdir.mkdir()
+    (config.workdir / "tuning.json").write_text(content)
+    with pytest.raises(StorageError, match=r"tuning\.json is damaged .* Move it away"):
+        tune.tune(config, quiet())
+    assert not ran
+
+
+def test_where_nothing_can_be_written_no_trial_begins(search, splits_read):
+    config, ran = search
+    unwritable = dataclasses.replace(config, workdir=pathlib.Path("/dev/null/run"))
+    with pytest.raises(StorageError, match="workdir is /dev/null/run, which cannot"):
+        tune.tune(unwritable, quiet())
+    assert not ran
+    assert not splits_read
+
+
+def test_grid_that_ends_at_its_edge_is_told(search):
+    config, _ = search
+    console = quiet()
+    tune.tune(config, console)
+    shown = " ".join(console.file.getvalue().split())
+    # 1e-4 grew four times, by 4 each.
+    assert "weight_decay: 0.0256, the best, is still at the edge" in shown
+    assert "--tune-weight-decays" in shown
+    assert "swa_lr: " not in shown
+
+
 def trial(accuracy, loss):
     return tune.Trial("SGD", "sgd", 0.1, 0.0, None, None, (accuracy,), (loss,))
 
@@ -125,3 +261,36 @@ def test_diverged_trial_is_never_the_best(tiny):
     config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
     (found,) = tune._run_trials(config, splits, "sgd", {})
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
+
+
+def diverges(message):
+    def averaged_network(*args):
+        raise ValueError(message)
+
+    return averaged_network
+
+
+def test_average_that_the_batch_norm_pass_rejects_has_diverged(tiny, monkeypatch):
+    splits = data.load_splits(tiny, ("train", "validation"))
+    text = "batch_stats_fn: ['mean'] is not finite after the first batch; check it"
+    monkeypatch.setattr(tune, "averaged_network", diverges(text))
+    (found,) = tune._run_trials(tiny, splits, "swa1", {})
+    assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
+    monkeypatch.setattr(tune, "averaged_network", diverges("a mistake"))
+    with pytest.raises(ValueError, match="a mistake"):
+        tune._run_trials(tiny, splits, "swa1", {})
+
+
+def test_loss_that_is_no_number_has_diverged(tiny, monkeypatch):
+    splits = data.load_splits(tiny, ("train", "validation"))
+    monkeypatch.setattr(tune, "evaluate", lambda *args: tune.Evaluation(0.9, math.nan))
+    (found,) = tune._run_trials(tiny, splits, "sgd", {})
+    assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
+
+
+def test_parent_that_diverges_takes_its_children_with_it(tiny_fine_tune):
+    splits = data.load_splits(tiny_fine_tune, ("train", "validation"))
+    config = dataclasses.replace(tiny_fine_tune, learning_rate=1e30)
+    for name, count in (("swa", 2), ("control", 2)):
+        found = tune._run_trials(config, splits, name, {})
+        assert [trial.loss for trial in found] == [(math.inf,)] * count
