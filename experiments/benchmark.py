@@ -5,11 +5,13 @@ else the machine does hits both alike. Each line gives the median over rounds an
 spread, the first and third quartile. Nothing here is asserted: see tests for that.
 
 PyTorch and optax-swag are compared where they are installed (extra `benchmark`).
+`--only p` says instead where the time of `update_average` goes.
 """
 
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -20,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ import optax
 import rich.console
 import rich.table
 import tyro
+from flax import linen as nn
 
 import swa_jax
 from experiments.files import write_json
@@ -44,7 +47,7 @@ class Options:
     """How long to measure, and what."""
 
     rounds: int = 15
-    """Times that each pair is measured."""
+    """Times that each pair is measured, at least 2."""
 
     batch_size: int = 32
     """Images in a step of ResNet-50."""
@@ -52,8 +55,8 @@ class Options:
     image_size: int = 64
     """Their height and width."""
 
-    only: tuple[str, ...] = ()
-    """Sections to run, by letter. Empty: all."""
+    only: tuple[Literal["a", "b", "c", "d", "e", "f", "p"], ...] = ()
+    """Sections to run, by letter. Empty: all but p, the profile."""
 
     output: pathlib.Path | None = None
     """JSON file for the results."""
@@ -82,14 +85,25 @@ def take_turns(actions: dict[str, Action], rounds: int) -> dict[str, list[float]
     for action in actions.values():  # compile, warm the caches
         action()
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    names = list(actions)
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in in_turn(actions, number):
             start = time.perf_counter()
             actions[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def in_turn(names: Iterable[str], number: int) -> list[str]:
+    """The names in the order of a round: another one comes first each time."""
+    names = list(names)
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def compare(
@@ -101,8 +115,16 @@ def compare(
 ) -> Line:
     """The ratio of two lists of seconds, round by round."""
     ratios = [a / b for a, b in zip(*pair, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = quartiles(ratios)
     return Line(section, what, middle, low, high, target, note)
+
+
+def in_milliseconds(
+    section: str, what: str, seconds: Sequence[float], target: str
+) -> Line:
+    """A time that is compared with nothing."""
+    low, middle, high = (1e3 * x for x in quartiles(seconds))
+    return Line(section, f"{what}, in ms", middle, low, high, target)
 
 
 # (a) and (e): a training step with and without averaging.
@@ -185,15 +207,18 @@ def training_steps(options: Options) -> Iterator[Line]:
 
 def compile_time(options: Options) -> Iterator[Line]:
     """(e) Compiling the step with averaging in it."""
-    plain, averaging = Training(options, _sgd()), Training(options, _sgd(swa_jax.swa()))
-    rounds = max(3, options.rounds // 5)
-    seconds: list[tuple[float, float]] = [
-        (averaging.compile_seconds(), plain.compile_seconds()) for _ in range(rounds)
-    ]
+    arms = {
+        "averaging": Training(options, _sgd(swa_jax.swa())),
+        "plain": Training(options, _sgd()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(max(2, options.rounds // 2)):
+        for name in in_turn(arms, number):
+            seconds[name].append(arms[name].compile_seconds())
     what = "compiling the ResNet-50 step with swa()"
-    with_swa, without = map(list, zip(*seconds, strict=True))
-    note = f"without: {statistics.median(without):.1f} s"
-    yield compare("e", what, (with_swa, without), "at most 1.05", note)
+    note = f"without: {statistics.median(seconds['plain']):.1f} s"
+    pair = seconds["averaging"], seconds["plain"]
+    yield compare("e", what, pair, "at most 1.05", note)
 
 
 # (b) and (c): the averaging alone, on ResNet-50's parameters.
@@ -208,15 +233,21 @@ def resnet50_params() -> PyTree:
 
 
 class Averaging:
-    """`update_average` on a tree, called again and again."""
+    """`update_average` on a tree, called again and again.
 
-    def __init__(self, params: PyTree) -> None:
+    With `jitted` inside a `jax.jit`, so that no Python of it runs.
+    """
+
+    def __init__(self, params: PyTree, *, jitted: bool = False) -> None:
         self.params = params
         self.state = swa_jax.init_average(params)
+        self.update = swa_jax.update_average
+        if jitted:
+            self.update = jax.jit(swa_jax.update_average, donate_argnums=0)
 
     def run(self) -> None:
         """One average, waited for."""
-        self.state = swa_jax.update_average(self.state, self.params)
+        self.state = self.update(self.state, self.params)
         jax.block_until_ready(self.state)
 
 
@@ -230,7 +261,10 @@ void average(float *restrict mean, const float *restrict new, float weight, size
 
 
 def c_average(size: int) -> Action | None:
-    """The same arithmetic over one array of `size` floats, in C; None without cc."""
+    """The same arithmetic over one array of `size` floats, in C.
+
+    None without a C compiler that knows OpenMP.
+    """
     compiler = shutil.which("cc")
     if compiler is None:
         return None
@@ -239,8 +273,12 @@ def c_average(size: int) -> Action | None:
         source.write_text(_TRIAD)
         library = source.with_suffix(".so")
         flags = ["-O3", "-march=native", "-fopenmp", "-ffast-math", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, "-o", library, source], check=True)
-        function = ctypes.CDLL(str(library)).average
+        command = [compiler, *flags, "-o", str(library), str(source)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            function = ctypes.CDLL(str(library)).average
+        except (subprocess.CalledProcessError, OSError):
+            return None  # no OpenMP, or its library is missing
     floats = np.ctypeslib.ndpointer(np.float32, flags="C")
     function.argtypes = [floats, floats, ctypes.c_float, ctypes.c_size_t]
     function.restype = None
@@ -248,14 +286,20 @@ def c_average(size: int) -> Action | None:
     return lambda: function(mean, new, 0.5, size)
 
 
+def plain_loop(size: int) -> tuple[Action, str]:
+    """The fastest average of one array that is at hand, and what it is."""
+    in_c = c_average(size)
+    if in_c is not None:
+        return in_c, "C, OpenMP"
+    mean, new = np.zeros(size, np.float32), np.ones(size, np.float32)
+    return lambda: np.add(mean, new, out=mean), "NumPy"
+
+
 def bandwidth(options: Options) -> Iterator[Line]:
     """(b) Bytes a second of `update_average` against a plain loop."""
     params = resnet50_params()
     size = sum(x.size for x in jax.tree.leaves(params))
-    reference, name = c_average(size), "C, OpenMP"
-    if reference is None:
-        mean, new = np.zeros(size, np.float32), np.ones(size, np.float32)
-        reference, name = (lambda: np.add(mean, new, out=mean)), "NumPy"
+    reference, name = plain_loop(size)
     ours = Averaging(params)
     seconds = take_turns({"ours": ours.run, "c": reference}, 3 * options.rounds)
     # Both read the mean and the weights and write the mean: 12 bytes a value. A ratio
@@ -345,35 +389,35 @@ def jax_threads() -> int:
 # (d): the BatchNorm pass.
 
 
-def batch_norm_pass(options: Options) -> Iterator[Line]:
-    """(d) The pass against forward passes over the same batches, an image each."""
-    model = ResNet(STAGES["resnet50"])
-    side, count = options.image_size, 12
-    rng = np.random.default_rng(0)
-    shape = (count, options.batch_size, side, side, 3)
-    batches = list(jnp.asarray(rng.normal(size=shape), jnp.float32))
+class Convolutions(nn.Module):
+    """Three strided convolutions, each with BatchNorm and ReLU."""
+
+    widths: tuple[int, ...] = (64, 128, 256)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """From images to features."""
+        for width in self.widths:
+            x = nn.Conv(width, (3, 3), strides=2, padding=1, use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return x
+
+
+def forward_passes(model: nn.Module, batches: list[jax.Array]) -> dict[str, Action]:
+    """All batches through a network: for statistics, in training, in inference."""
     variables = jax.jit(functools.partial(model.init, train=False))(
         jax.random.key(0), batches[0][:1]
     )
     params, batch_stats = variables["params"], variables["batch_stats"]
 
-    def batch_stats_fn(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> PyTree:
-        _, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        return updated["batch_stats"]
+    def in_training(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> Any:
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, batch, train=True, mutable=["batch_stats"])
 
-    @jax.jit
-    def training(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> Any:
-        return model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch,
-            train=True,
-            mutable=["batch_stats"],
-        )
+    def batch_stats_fn(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> PyTree:
+        return in_training(params, batch_stats, batch)[1]["batch_stats"]
+
+    training = jax.jit(in_training)
 
     @jax.jit
     def inference(params: PyTree, batch_stats: PyTree, batch: jax.Array) -> Any:
@@ -387,16 +431,24 @@ def batch_norm_pass(options: Options) -> Iterator[Line]:
             stats = updated["batch_stats"]
         jax.block_until_ready((logits, stats))
 
-    def infer_all() -> None:
-        jax.block_until_ready([inference(params, batch_stats, b) for b in batches])
-
-    actions: dict[str, Action] = {
+    return {
         "pass": lambda: jax.block_until_ready(
             swa_jax.recompute_batch_stats(batch_stats_fn, params, batch_stats, batches)
         ),
         "training": train_all,
-        "inference": infer_all,
+        "inference": lambda: jax.block_until_ready(
+            [inference(params, batch_stats, batch) for batch in batches]
+        ),
     }
+
+
+def batch_norm_pass(options: Options) -> Iterator[Line]:
+    """(d) The pass against forward passes over the same batches, an image each."""
+    side, count = options.image_size, 12
+    rng = np.random.default_rng(0)
+    shape = (count, options.batch_size, side, side, 3)
+    batches = list(jnp.asarray(rng.normal(size=shape), jnp.float32))
+    actions = forward_passes(ResNet(STAGES["resnet50"]), batches)
     seconds = take_turns(actions, max(3, options.rounds // 3))
     images = count * options.batch_size
     milliseconds = 1e3 * statistics.median(seconds["pass"]) / images
@@ -405,11 +457,17 @@ def batch_norm_pass(options: Options) -> Iterator[Line]:
         pair = seconds["pass"], seconds[other]
         what = f"BatchNorm pass over {other}-mode forward pass, ResNet-50"
         yield compare("d", what, pair, target, note)
+    actions = forward_passes(Convolutions(), batches)
+    del actions["training"]
+    seconds = take_turns(actions, options.rounds)
+    pair = seconds["pass"], seconds["inference"]
+    what = "recompute_batch_stats over inference, 3 convolutions"
+    yield compare("d", what, pair, "")
     yield from _torch_update_bn(options, [np.asarray(b) for b in batches])
 
 
 def _torch_update_bn(options: Options, batches: list[np.ndarray]) -> Iterator[Line]:
-    """PyTorch's own ratio, on a convolutional network of its own."""
+    """PyTorch's own ratio, on the network of `Convolutions`."""
     try:
         import torch
         from torch.optim.swa_utils import update_bn
@@ -417,7 +475,7 @@ def _torch_update_bn(options: Options, batches: list[np.ndarray]) -> Iterator[Li
         return
     torch.set_num_threads(jax_threads())
     layers: list[Any] = []
-    for before, after in ((3, 64), (64, 128), (128, 256)):
+    for before, after in itertools.pairwise((3, *Convolutions.widths)):
         layers += [
             torch.nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
             torch.nn.BatchNorm2d(after),
@@ -455,15 +513,53 @@ def import_time(options: Options) -> Iterator[Line]:
         return float(subprocess.check_output(command))
 
     extra = [seconds("import swa_jax") for _ in range(options.rounds)]
-    low, middle, high = (1e3 * q for q in statistics.quantiles(extra, n=4))
-    yield Line(
-        "f",
-        "import swa_jax after jax and optax, in ms",
-        middle,
-        low,
-        high,
-        "under 50 ms",
-    )
+    what = "import swa_jax after jax and optax"
+    yield in_milliseconds("f", what, extra, "under 50 ms")
+
+
+# (p): where the time of update_average goes.
+
+
+def profile(options: Options) -> Iterator[Line]:
+    """(p) What stands between `update_average` and a plain loop, thing by thing."""
+    params = resnet50_params()
+    size = sum(x.size for x in jax.tree.leaves(params))
+    reference, name = plain_loop(size)
+    stages: dict[str, Bare | Averaging] = {
+        "m + (q - m) * 0.5 on one array": Bare(jnp.ones(size)),
+        "m + (q - m) * 0.5 on all arrays": Bare(params),
+        "update_average's formula": Averaging(params, jitted=True),
+        "update_average": Averaging(params),
+    }
+    actions = {what: stage.run for what, stage in stages.items()}
+    seconds = take_turns({**actions, name: reference}, 3 * options.rounds)
+    for what in stages:
+        pair = seconds[name], seconds[what]
+        yield compare("p", f"bandwidth of {what} over {name}", pair, "")
+    tiny = jax.tree.map(lambda x: jnp.ones((1,)), params)
+    calls = {"update_average": Averaging(tiny), "JAX": Averaging(tiny, jitted=True)}
+    seconds = take_turns({k: x.run for k, x in calls.items()}, 10 * options.rounds)
+    count = len(jax.tree.leaves(tiny))
+    for what, times in seconds.items():
+        yield in_milliseconds("p", f"a call on {count} tiny arrays, {what}", times, "")
+
+
+class Bare:
+    """Halfway to the parameters, again and again: no counter, no check."""
+
+    def __init__(self, params: PyTree) -> None:
+        self.params = params
+        self.mean = jax.tree.map(jnp.zeros_like, params)
+
+    def run(self) -> None:
+        """One average, waited for."""
+        self.mean = _halfway(self.mean, self.params)
+        jax.block_until_ready(self.mean)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _halfway(mean: PyTree, params: PyTree) -> PyTree:
+    return jax.tree.map(lambda m, q: m + (q - m) * 0.5, mean, params)
 
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
@@ -473,7 +569,10 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "d": batch_norm_pass,
     "e": compile_time,
     "f": import_time,
+    "p": profile,
 }
+#: What runs unless something else was asked for.
+_USUAL = tuple(letter for letter in SECTIONS if letter != "p")
 
 
 def machine() -> str:
@@ -505,7 +604,7 @@ def main(options: Options) -> None:
     console = rich.console.Console()
     console.print(machine())
     lines = []
-    for letter in options.only or SECTIONS:
+    for letter in options.only or _USUAL:
         for line in SECTIONS[letter](options):
             console.print(f"({letter}) {line.what}: {line.ratio:.3f}")
             lines.append(line)

@@ -39,6 +39,10 @@ from swa_jax.placement import (
     to_host,
 )
 
+#: Leaves of an average in host memory that may be on the device before the first of
+#: them is back. Left alone, XLA brings over all: as if the average had never left.
+_IN_FLIGHT = 2
+
 
 class SWAState(NamedTuple):
     """State of an average: two counters and the mean.
@@ -209,9 +213,12 @@ def accumulate(
     n = state.num_averaged
     # Once, not for each of hundreds of leaves: it shows in the time to compile.
     first, count = n == 0, optax.safe_increment(n)
+    landed: list[jax.Array] = []  # new means that are back in host memory
 
     def advance(mean: jax.Array, new: jax.Array, target: Sharding | None) -> jax.Array:
         hosted = is_hosted(mean)  # also where no target says so
+        if hosted and len(landed) >= _IN_FLIGHT:
+            mean, _ = jax.lax.optimization_barrier((mean, landed[-_IN_FLIGHT]))
         mean, new = to_device(mean, target), to_device(new)
         # The newcomer moves, never the mean: each device works on its own part.
         new = bring(new, target) if target else beside(new, mean)
@@ -220,7 +227,10 @@ def accumulate(
         elif not jnp.issubdtype(mean.dtype, jax.dtypes.extended):
             new = jnp.asarray(new, mean.dtype)  # not weakly typed, as the mean is not
         new = place(new if sample is None else jnp.where(sample, new, mean), target)
-        return to_host(new) if hosted and target is None else new
+        new = to_host(new) if hosted and target is None else new
+        if is_hosted(new):
+            landed.append(new)
+        return new
 
     means, treedef = jax.tree.flatten(state.avg_params)
     targets = targets or (None,) * len(means)

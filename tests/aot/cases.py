@@ -7,6 +7,7 @@ shapes with shardings are all that a compiler needs.
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -151,14 +152,51 @@ def compile_spread(devices: Devices, axes: AxisType) -> Report:
     )
 
 
-def compile_update(devices: Devices, layout: str) -> Report:
-    """``update_average``, as it is called from a loop; the state is reused."""
-    where = LAYOUTS[layout](mesh_of(devices))
-    params = _params(RESNET50, jnp.float32, where)
+def compile_update(
+    devices: Devices,
+    layout: str,
+    axes: AxisType = AxisType.Auto,
+    *,
+    average: str | None = None,
+    memory_kind: str | None = None,
+    shapes: Shapes = RESNET50,
+) -> Report:
+    """``update_average``, as it is called from a loop; the state is reused.
+
+    Args:
+      devices: what to compile for.
+      layout: of the parameters.
+      axes: of the mesh.
+      average: layout of the average, by default the parameters'.
+      memory_kind: of the average.
+      shapes: of the parameters.
+    """
+    mesh = mesh_of(devices, axes)
+    where, elsewhere = LAYOUTS[layout](mesh), LAYOUTS[average or layout](mesh)
+    params = _params(shapes, jnp.float32, where)
     state = placed(jax.eval_shape(swa_jax.init_average, params), where)
+    targets = None  # as update_average finds where both live alike
+    if average or memory_kind:
+        mean = placed(state.avg_params, _kept_in(memory_kind, elsewhere))
+        state = state._replace(avg_params=mean)
+        targets = tuple(x.sharding for x in jax.tree.leaves(mean))
     # Not through the public name: jitted around it, it would be our donation, not its.
-    compiled = averaging._update_in_place.lower(state, params, None).compile()
+    compiled = averaging._update_in_place.lower(state, params, targets).compile()
     return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
+
+
+def compile_rush(devices: Devices) -> Report:
+    """``update_average`` in host memory, whose leaves do not wait for each other."""
+    with mock.patch.object(averaging, "_IN_FLIGHT", len(TAIL)):
+        return compile_update(
+            devices, "replicated", memory_kind="pinned_host", shapes=TAIL
+        )
+
+
+def _kept_in(memory_kind: str | None, layout: Layout) -> Layout:
+    if memory_kind is None:
+        return layout
+    return lambda shape: layout(shape).with_memory_kind(memory_kind)
 
 
 def _params(shapes: Shapes, dtype: Any, where: Layout) -> dict[str, Any]:
@@ -167,14 +205,14 @@ def _params(shapes: Shapes, dtype: Any, where: Layout) -> dict[str, Any]:
     )
 
 
-def compile_training(devices: Devices) -> Report:
-    """ResNet-50's training step with SWA, data parallel, 256 images in bfloat16."""
+def compile_training(devices: Devices, tx: Any = SWA) -> Report:
+    """ResNet-50's training step, data parallel, 256 images in bfloat16."""
     from experiments.models import STAGES, ResNet
 
     mesh = mesh_of(devices)
     everywhere = replicated(mesh)
     model = ResNet(STAGES["resnet50"], dtype=jnp.bfloat16)
-    tx = optax.chain(optax.add_decayed_weights(1e-4), SWA)
+    tx = optax.chain(optax.add_decayed_weights(1e-4), tx)
 
     def batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         split = NamedSharding(mesh, PartitionSpec("data"))
@@ -250,10 +288,41 @@ def _defects() -> dict[str, Callable[[Devices], Report]]:
 STEPS = _steps()
 #: Averages placed elsewhere than the parameters.
 SPREAD = {
-    f"spread/replicated/{axes.name.lower()}": functools.partial(
-        compile_spread, axes=axes
-    )
+    f"{what}/replicated/{axes.name.lower()}": functools.partial(compiler, axes=axes)
     for axes in (AxisType.Explicit, AxisType.Auto)
+    for what, compiler in {
+        "spread": compile_spread,
+        "update_average spread": functools.partial(
+            compile_update, layout="replicated", average="fsdp"
+        ),
+    }.items()
+}
+#: Averages in host memory, beside the parameters and spread.
+HOSTED = {
+    f"{what}/{layout}/{axes.name.lower()}": functools.partial(
+        compile_update,
+        layout=layout,
+        axes=axes,
+        average=average,
+        memory_kind="pinned_host",
+    )
+    for what, layout, average, axes in (
+        ("update_average hosted", "replicated", None, AxisType.Auto),
+        ("update_average hosted", "fsdp", None, AxisType.Auto),
+        ("update_average hosted spread", "replicated", "fsdp", AxisType.Auto),
+        ("update_average hosted spread", "replicated", "fsdp", AxisType.Explicit),
+    )
+}
+#: What breaks the limit on these.
+HOSTED_DEFECTS = {"rush hosted/replicated/auto": compile_rush}
+#: What looks at all weights, on all devices, before it averages them.
+NONFINITE = {
+    "swa skip_nonfinite/fsdp/auto": functools.partial(
+        compile_step,
+        tx=optax.chain(SGD, swa_jax.swa(100, 10, skip_nonfinite=True)),
+        layout="fsdp",
+        shapes=TAIL,
+    )
 }
 #: What must break one.
 DEFECTS = _defects()

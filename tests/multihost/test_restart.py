@@ -189,6 +189,59 @@ def test_each_device_holds_its_part_of_the_average(runs, name, processes, parts)
         }
 
 
+# Averages that a loop drives.
+
+
+def mean_of(epochs: range) -> dict[str, np.ndarray]:
+    trees = [worker.epoch_params(epoch) for epoch in epochs]
+    return {name: np.mean([t[name] for t in trees], axis=0) for name in trees[0]}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("layout", ["divided", "spread"])
+def test_update_average_of_arrays_that_no_process_holds_alone(runs, layout, process):
+    path = f"loops['update_average {layout}']"
+    found = runs.result("straight", process).of(path)
+    expected = mean_of(range(worker.EPOCHS))
+    assert found[f"{path}['counters']"].tolist() == [worker.EPOCHS] * 2
+    for name, mean in expected.items():
+        # Weights of a normal distribution, five updates of three roundings each.
+        np.testing.assert_allclose(
+            found[f"{path}['read']['{name}']"], mean, rtol=0, atol=4 * 15 * 2.0**-24
+        )
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("layout", ["divided", "spread"])
+def test_published_method_runs_the_same_on_every_process(runs, layout, process):
+    result = runs.result("straight", process)
+    path = f"loops['SWA {layout}']"
+    found = {k.removeprefix(path): x for k, x in result.of(path).items()}
+    epochs = range(int(worker.SWA_START * worker.EPOCHS), worker.EPOCHS)
+    assert found["['matched']"].tolist() == list(epochs) == [2, 3, 4]
+    atol = 4 * 15 * 2.0**-24
+    for name, mean in mean_of(epochs).items():
+        np.testing.assert_allclose(
+            found[f"['read']['{name}']"], mean, rtol=0, atol=atol
+        )
+    distances = [
+        sum(
+            np.square(mean - worker.epoch_params(epoch)[name]).sum()
+            for name, mean in mean_of(range(epochs.start, epoch + 1)).items()
+        )
+        ** 0.5
+        for epoch in epochs
+    ]
+    # The first is a distance of a model from itself; the others sum 256 squares.
+    np.testing.assert_allclose(found["['distances']"], distances, rtol=1e-5, atol=1e-5)
+    assert found["['learning_rate']"] == np.float32(0.01)
+    features = np.concatenate([worker.make_batch(step)[0] for step in range(3)])
+    # The statistic is read from a tenth of a batch's mean: 2**-24 of it, ten times.
+    np.testing.assert_allclose(
+        found["['statistics']"], features.mean(axis=0, dtype=float), atol=1e-6
+    )
+
+
 # The runs that were killed.
 
 

@@ -8,7 +8,8 @@ average: each device keeps one part of it. Orbax saves the whole state every few
 in the background, and a new process goes on from the last save that it finds.
 
 Two networks are trained side by side, which differ in how gradients are summed over the
-devices, see ``GRADIENTS``.
+devices, see ``GRADIENTS``. A run that goes straight through ends with averages that a
+loop drives, see ``loops``.
 """
 
 import dataclasses
@@ -43,6 +44,9 @@ START_STEP, PERIOD = 3, 2
 SAMPLED = range(START_STEP, STEPS + 1, PERIOD)
 BATCH, FEATURES, HIDDEN, CLASSES = 32, 12, 16, 4
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
+
+#: Of the loops at the end: ``SWA(swa_start=0.5)`` averages epochs 2, 3 and 4.
+EPOCHS, SWA_START = 5, 0.5
 
 #: What a worker prints where it waits to be killed.
 WAITING = "waiting to be killed"
@@ -133,7 +137,8 @@ def train(run: Run) -> None:
                 print(WAITING, flush=True)
             time.sleep(LIFETIME)
     manager.close()
-    write_result(run, state, history, resumed_from)
+    looped = {} if resumed_from else loops(everywhere, spread)
+    write_result(run, state, history, resumed_from, looped)
 
 
 class SlowHost:
@@ -231,6 +236,89 @@ def train_step(
     return {"step": state["step"] + 1, "networks": networks}
 
 
+def epoch_params(epoch: int) -> dict[str, np.ndarray]:
+    """The weights at the end of an epoch of ``loops``."""
+    rng = np.random.default_rng((2, epoch))
+    return {name: rng.normal(size=x.shape) for name, x in initial_params().items()}
+
+
+def loops(everywhere: NamedSharding, spread: NamedSharding) -> dict[str, PyTree]:
+    """Averages outside a training step, whose arrays no process holds alone.
+
+    ``update_average`` with weights and average divided over all devices, with weights
+    on each and the average divided; then the published method, event by event.
+    """
+
+    def at_end(epoch: int, where: NamedSharding) -> PyTree:
+        single = jax.tree.map(np.float32, epoch_params(epoch))
+        return jax.tree.map(functools.partial(distribute, where), single)
+
+    results: dict[str, PyTree] = {}
+    for name, where in (("divided", spread), ("spread", everywhere)):
+        params = at_end(0, where)
+        average = swa_jax.init_average(params, sharding=spread)
+        for epoch in range(EPOCHS):
+            params = at_end(epoch, where)
+            average = swa_jax.update_average(average, params)
+        read = swa_jax.swa_params(average, params)
+        assert all(x.sharding == where for x in jax.tree.leaves(read))
+        for path, shapes in shard_shapes(average.avg_params).items():
+            rows, columns = initial_params()[path[2:-2]].shape
+            parts = [[rows // jax.device_count(), columns]] * jax.local_device_count()
+            assert shapes == parts, (path, shapes)
+        results[f"update_average {name}"] = {
+            "read": whole(read),
+            "counters": np.array([int(x) for x in average[:2]]),
+        }
+        results[f"SWA {name}"] = published(where, spread, at_end)
+    return results
+
+
+def published(where: NamedSharding, spread: NamedSharding, at_end: Any) -> PyTree:
+    """``match`` and ``apply`` over a few epochs, with a statistic to recompute."""
+    logged: list[float] = []
+
+    def statistics(params: PyTree, batch_stats: PyTree, batch: Batch) -> PyTree:
+        del params  # so that anybody can say what comes out
+        features, _ = batch
+        return {"mean": 0.9 * batch_stats["mean"] + 0.1 * features.mean(axis=0)}
+
+    def batches() -> list[Batch]:
+        place = functools.partial(distribute, spread)
+        return [jax.tree.map(place, make_batch(step)) for step in range(3)]
+
+    recipe = swa_jax.SWA(SWA_START, anneal_epochs=1, swa_lr=0.01)
+    state = swa_jax.TrainingState(
+        epoch=0,
+        num_epochs=EPOCHS,
+        params=at_end(0, where),
+        batch_stats={"mean": jnp.zeros(FEATURES)},
+        learning_rate=0.1,
+    )
+    state = recipe.apply(swa_jax.Event.TRAINING_START, state)
+    matched = []
+    for epoch in range(EPOCHS):
+        state = state._replace(epoch=epoch, params=at_end(epoch, where))
+        if recipe.match(swa_jax.Event.EPOCH_END, state):
+            matched.append(epoch)
+        state = recipe.apply(
+            swa_jax.Event.EPOCH_END, state, lambda x: logged.append(x["swa/distance"])
+        )
+    state = recipe.apply(
+        swa_jax.Event.TRAINING_END,
+        state,
+        batch_stats_fn=statistics,
+        train_batches=batches,
+    )
+    return {
+        "read": whole(state.params),
+        "matched": np.array(matched),
+        "distances": np.array(logged),
+        "learning_rate": np.float32(state.learning_rate),
+        "statistics": whole(state.batch_stats["mean"]),
+    }
+
+
 def parameters(state: PyTree) -> PyTree:
     return {name: network["params"] for name, network in state["networks"].items()}
 
@@ -245,7 +333,7 @@ def whole(tree: PyTree) -> PyTree:
 
 
 def write_result(
-    run: Run, state: PyTree, history: list[PyTree], resumed_from: int
+    run: Run, state: PyTree, history: list[PyTree], resumed_from: int, looped: PyTree
 ) -> None:
     averages = {
         name: swa_jax.swa_state(network["opt_state"]).avg_params
@@ -255,6 +343,7 @@ def write_result(
     if history:
         stacked = jax.tree.map(lambda *xs: np.stack(xs), *history)
         arrays |= by_path("history", stacked)
+    arrays |= by_path("loops", looped)
     np.savez(run.result + ".npz", **arrays)
     facts = {
         "resumed_from": resumed_from,

@@ -1,0 +1,169 @@
+"""The benchmark measures what it says, and how: not how fast anything is."""
+
+import dataclasses
+import json
+import math
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from experiments.benchmark import Line, Options
+
+
+@pytest.fixture
+def small_params(monkeypatch):
+    """In place of ResNet-50's."""
+    params = {"w": jnp.ones((8, 16)), "b": jnp.zeros(16)}
+    monkeypatch.setattr(benchmark, "resnet50_params", lambda: params)
+
+
+def assert_measured(line: Line, section: str) -> None:
+    assert line.section == section
+    assert 0 < line.low <= line.ratio <= line.high < math.inf
+
+
+def test_each_round_begins_with_another():
+    calls = []
+    actions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = benchmark.take_turns(actions, 4)
+    warm_up, *rounds = (calls[i : i + 3] for i in range(0, len(calls), 3))
+    assert warm_up == ["a", "b", "c"]
+    assert list(map("".join, rounds)) == ["abc", "bca", "cab", "abc"]
+    assert list(seconds) == ["a", "b", "c"]
+    assert all(len(x) == 4 and min(x) >= 0 for x in seconds.values())
+
+
+def test_compare_is_round_by_round():
+    # Ratios 2, 4, 3, 8, 1: no quotient of medians, which is 4.
+    pair = [2.0, 4.0, 6.0, 8.0, 4.0], [1.0, 1.0, 2.0, 1.0, 4.0]
+    line = benchmark.compare("b", "this over that", pair, "at most 1", "a note")
+    assert line == Line("b", "this over that", 3.0, 2.0, 4.0, "at most 1", "a note")
+    with pytest.raises(ValueError, match="zip"):
+        benchmark.compare("b", "", ([1.0, 2.0], [1.0]), "")
+
+
+def test_times_are_in_milliseconds():
+    line = benchmark.in_milliseconds("f", "a call", [0.002, 0.004, 0.003], "under 5")
+    assert line == Line("f", "a call, in ms", 3.0, 2.5, 3.5, "under 5")
+
+
+def test_markdown():
+    lines = [
+        Line("a", "this", 1.0004, 0.5, 2.0, "at most 1.02", "note"),
+        Line("f", "that", 23.4, 17.8, 27.2, ""),
+    ]
+    assert benchmark.markdown(lines) == (
+        "| | Ratio | Median | Quartiles | Target | |\n"
+        "|---|---|---:|---|---|---|\n"
+        "| a | this | 1.000 | 0.500 to 2.000 | at most 1.02 | note |\n"
+        "| f | that | 23.400 | 17.800 to 27.200 |  |  |\n"
+    )
+
+
+def test_plain_loop_without_openmp_is_numpys(monkeypatch):
+    def refuse(command, **kwargs):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(benchmark.subprocess, "run", refuse)
+    run, name = benchmark.plain_loop(4)
+    run()
+    assert name == "NumPy"
+
+
+def test_plain_loop_without_a_compiler_is_numpys(monkeypatch):
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    assert benchmark.plain_loop(4)[1] == "NumPy"
+
+
+def test_compiling_alternates(monkeypatch):
+    order = []
+
+    class Training:
+        def __init__(self, options, optimizer):
+            # SGD's state with momentum, and the average if there is one.
+            self.averages = len(optimizer.init(jnp.zeros(2))) > 1
+
+        def compile_seconds(self):
+            order.append(self.averages)
+            return 3.0 if self.averages else 2.0
+
+    monkeypatch.setattr(benchmark, "Training", Training)
+    (line,) = benchmark.compile_time(Options(rounds=8))
+    assert order == [True, False, False, True] * 2
+    assert (line.ratio, line.note) == (1.5, "without: 2.0 s")
+
+
+def test_profile_is_for_who_asks():
+    assert benchmark._USUAL == ("a", "b", "c", "d", "e", "f")
+    assert "p" in benchmark.SECTIONS
+
+
+def test_convolutions_have_as_many_weights_as_pytorchs():
+    model = benchmark.Convolutions()
+    images = np.zeros((2, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=True))
+    sizes = [x.size for x in jax.tree.leaves(shapes["params"])]
+    convolutions = 9 * (3 * 64 + 64 * 128 + 128 * 256)
+    assert sum(sizes) == convolutions + 2 * (64 + 128 + 256)
+    out = jax.eval_shape(lambda v: model.apply(v, images, train=False), shapes)
+    assert out.shape == (2, 2, 2, 256)
+
+
+def test_passes_over_a_network():
+    batches = list(np.random.default_rng(0).normal(size=(3, 2, 8, 8, 3)))
+    model = benchmark.Convolutions(widths=(4, 4))
+    actions = benchmark.forward_passes(model, [jnp.float32(b) for b in batches])
+    assert list(actions) == ["pass", "training", "inference"]
+    statistics = actions["pass"]()
+    assert len(jax.tree.leaves(statistics)) == 4
+    assert actions["training"]() is None
+    assert [x.shape for x in actions["inference"]()] == [(2, 2, 2, 4)] * 3
+
+
+@pytest.mark.usefixtures("small_params")
+def test_sections_run(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    options = Options(rounds=2, only=("b", "c", "f", "p"), output=output)
+    benchmark.main(options)
+    content = json.loads(output.read_text())
+    assert list(content) == ["machine", "options", "lines"]
+    assert content["options"]["only"] == list("bcfp")
+    lines = [Line(**line) for line in content["lines"]]
+    printed = capsys.readouterr().out
+    for line in lines:
+        assert_measured(line, line.section)
+        assert line.what in printed
+    assert benchmark.markdown(lines) in printed
+    (bandwidth,) = (x for x in lines if x.section == "b")
+    assert bandwidth.note.endswith(" GB/s")
+    (imported,) = (x for x in lines if x.section == "f")
+    assert imported.what.endswith("in ms")
+    profile = [x.what for x in lines if x.section == "p"]
+    assert len(profile) == 6
+    assert profile[-1] == "a call on 2 tiny arrays, JAX, in ms"
+
+
+def test_peers_are_left_out_where_they_are_missing(monkeypatch):
+    monkeypatch.setattr(benchmark, "_torch_average", lambda params: None)
+    monkeypatch.setattr(benchmark, "_optax_swag", lambda: None)
+    monkeypatch.setattr(benchmark, "resnet50_params", dict)
+    assert list(benchmark.peers(Options())) == []
+
+
+@pytest.mark.usefixtures("small_params")
+def test_peers_are_compared_with_ours(monkeypatch):
+    updates = []
+    theirs = "theirs", lambda: updates.append(0)
+    monkeypatch.setattr(benchmark, "_torch_average", lambda params: theirs)
+    monkeypatch.setattr(benchmark, "_optax_swag", benchmark.swa_jax.swa)
+    torch, optax_swag = benchmark.peers(Options(rounds=2))
+    assert len(updates) == 1 + 3 * 2  # warm-up and rounds
+    for line in (torch, optax_swag):
+        assert line.ratio >= 0
+        assert dataclasses.replace(line, target="").target != line.target
+    assert torch.what == "time of theirs over ours"
