@@ -1,18 +1,23 @@
 """Command line: `python -m experiments NAME [--overrides]`."""
 
-import errno
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 
-import rich.console
-import tyro
+try:
+    import rich.console
+    import tyro
 
-from experiments import configs, data, parallel, processes
-from experiments.compare import train_and_evaluate
-from experiments.errors import StoppedError, StorageError
-from experiments.tune import tune
+    from experiments import configs, processes
+    from experiments.compare import train_and_evaluate
+    from experiments.errors import StoppedError, explanation
+    from experiments.results import config_dict
+    from experiments.settings import Config
+    from experiments.tune import tune
+except KeyboardInterrupt:  # all these take seconds
+    print("interrupted", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -26,35 +31,39 @@ def main(args: Sequence[str] | None = None) -> int:
     # Libraries announce what they do at every save; what matters is raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with processes.job(config.cluster):
-            console = rich.console.Console(quiet=not processes.is_main())
-            if config.tune:
-                tune(config, console)
-            else:
-                train_and_evaluate(config, console)
+        _run(config)
     except StoppedError as error:
-        if processes.is_main():
-            print(error, file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except (
-        data.DataUnavailableError,
-        parallel.DevicesError,
-        StorageError,
-        FloatingPointError,
-    ) as error:
-        if processes.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        _complain(str(error))
+        return 128 + error.signum
+    except KeyboardInterrupt:  # nothing is trained yet, or Ctrl-C came twice
         print(
-            f"error: no room to write ({error}); free some and run the same command"
-            " again. Checkpoints are intact.",
+            "interrupted; the same command goes on from the last checkpoint, if there"
+            " is one.",
             file=sys.stderr,
         )
+        return 128 + signal.SIGINT
+    except Exception as error:
+        text = explanation(error)
+        if text is None:
+            raise
+        _complain(f"error: {text}")
         return 1
     return 0
+
+
+def _run(config: Config) -> None:
+    with processes.job(config.cluster):
+        processes.check_settings(config_dict(config))
+        console = rich.console.Console(quiet=not processes.is_main())
+        if config.tune:
+            tune(config, console)
+        else:
+            train_and_evaluate(config, console)
+
+
+def _complain(text: str) -> None:
+    if processes.is_main():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

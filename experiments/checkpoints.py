@@ -32,8 +32,9 @@ T = TypeVar("T")
 # Room for what a checkpoint holds besides its arrays.
 _METADATA_BYTES = 2**18
 
-# Settings that may change while a job goes on: they say where things are and how they
-# are watched or spread over devices, not what is computed.
+# Settings that may change while a job goes on: they say where things are, how they are
+# watched, and which processes are at work, not what is computed. `parallel` is not
+# among them: strategies differ in what dropout draws, and in rounding.
 FREE_SETTINGS = frozenset(
     {
         "workdir",
@@ -162,11 +163,14 @@ class Store:
         Args:
             step: Its number. One that exists already stays as it is.
             state: Pytree of arrays on the host, which nobody changes any more.
-            extra: What else to keep, in JSON's types.
+            extra: What else to keep, in JSON's types. Copied.
 
         Raises:
             StorageError: This checkpoint, or the one before, cannot be written.
+            TypeError: `extra` has something that JSON cannot hold.
         """
+        # Orbax writes it in the background, while the caller's lists may grow.
+        extra = json.loads(json.dumps(extra))
 
         def write() -> None:
             manager = self._opened
@@ -302,7 +306,9 @@ def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[No
 
     Args:
         workdir: Made if need be. Locked until the body ends, or the process.
-        settings: In JSON's types; kept in config.json, and compared with what is there.
+        settings: In JSON's types, "name" among them; kept in config.json. Compared with
+            what is there if that job has begun to train: one that failed before, for
+            want of data perhaps, leaves the directory free.
 
     Raises:
         StorageError: Another job is at work there, settings differ in more than
@@ -334,21 +340,15 @@ def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[No
 
 
 def _claim(workdir: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """Write config.json, or say in what the one that is there may not differ."""
+    """Write config.json, or say why the one that is there may not be replaced."""
     path = workdir / "config.json"
-    if not path.exists():
-        write_json(path, settings)
-        return None
-    try:
-        before = json.loads(path.read_text())
-        assert isinstance(before, dict)
-    except (ValueError, AssertionError):
-        return f"{path} is not a job's configuration. Give another --workdir."
-    changed = [
-        f"{name} was {before.get(name)}, now {settings.get(name)}"
-        for name in sorted(before.keys() | settings.keys())
-        if name not in FREE_SETTINGS and before.get(name) != settings.get(name)
-    ]
+    changed = []
+    if path.exists():
+        before = _read_settings(path)
+        if before is None:
+            return f"{path} is not a job's configuration. Give another --workdir."
+        if _has_begun(workdir):
+            changed = _changes(before, settings)
     if not changed:
         write_json(path, settings)  # free ones may differ
         return None
@@ -356,3 +356,24 @@ def _claim(workdir: pathlib.Path, settings: dict[str, Any]) -> str | None:
         f"{workdir} holds a job with other settings: {'; '.join(changed)}. Give another"
         " --workdir for these, or the old settings to go on."
     )
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a job wrote to config.json; None where another program wrote the file."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "name" in found else None
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    return (workdir / "metrics.jsonl").exists() or (workdir / "runs").exists()
+
+
+def _changes(before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)}, now {settings.get(name)}"
+        for name in sorted(before.keys() | settings.keys())
+        if name not in FREE_SETTINGS and before.get(name) != settings.get(name)
+    ]

@@ -8,7 +8,7 @@ from experiments import data, plans, processes, results
 from experiments.checkpoints import open_workdir
 from experiments.metrics import open_log
 from experiments.plans import Arm
-from experiments.preemption import stop_on_sigterm
+from experiments.preemption import stop_on_signal
 from experiments.progress import progress_bar
 from experiments.results import Row
 from experiments.runs import Outputs, Scorer, Scores, execute, finished_scores
@@ -30,9 +30,10 @@ def train_and_evaluate(config: Config, console: rich.console.Console) -> list[Ro
         The rows of results.json.
 
     Raises:
+        DataUnavailableError: The data set cannot be had, or not as asked for.
         StorageError: The work directory belongs to other settings or another job, or
-            cannot be written.
-        StoppedError: SIGTERM came; everything is saved.
+            cannot be written or read.
+        StoppedError: SIGTERM or Ctrl-C came; everything is saved.
     """
     arms = plans.make_arms(config)
     with open_workdir(config.workdir, results.config_dict(config)):
@@ -62,11 +63,11 @@ def _run_all(
     splits = data.load_splits(config, ("train", "test"))
     train_split = splits["train"]
     sizes = ", ".join(f"{s.num_examples:,} {name}" for name, s in splits.items())
-    console.print(f"{config.name}: {sizes} examples")
+    console.print(f"{config.name}: {sizes} examples of {train_split.source}")
     compiled = {arm.name: compile_arm(config, arm, train_split) for arm in arms}
     total = sum(arm.steps for arm in compiled.values()) * config.seeds
     with (
-        stop_on_sigterm() as stopper,
+        stop_on_signal() as stopper,
         open_log(config.workdir, _header(config, compiled), processes.is_main()) as log,
         progress_bar(console, total, config.batch_size) as bar,
     ):

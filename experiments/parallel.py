@@ -13,7 +13,9 @@ device an equal part of the batch, and takes the mean of the gradients:
 What BatchNorm sees in training: under `jit` the global batch, with nothing to set up,
 as on one device. Under `pmap` and `shard_map` each device's part of it, unless the
 layer is given `axis_name`, which averages the moments over the devices; experiments
-always give it. The three then train the same network, up to the rounding of float32.
+always give it. The three then train the same network, up to the rounding of float32 and
+with the exception of dropout: under `pmap` and `shard_map` each device draws a mask of
+its own for its rows, under `jit`, as on one device, one mask is drawn for all rows.
 Without it every device would normalise by its own few rows and end up with running
 statistics of its own; `shard_map` refuses that while tracing, `pmap` does not notice.
 """
@@ -25,15 +27,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from experiments.errors import DevicesError
+
 PyTree = Any
 Name = Literal["none", "pmap", "shard_map", "jit"]
 StepFn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # to state and metrics
 
 AXIS_NAME = "data"
-
-
-class DevicesError(ValueError):
-    """The settings do not fit this job's devices or processes; the message says how."""
 
 
 class Strategy(NamedTuple):

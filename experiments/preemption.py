@@ -1,6 +1,7 @@
-"""Ending a job in good order when the machine is taken away: SIGTERM."""
+"""Ending a job in good order when it is asked to: by SIGTERM, or by Ctrl-C."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -15,10 +16,16 @@ class Stopper:
     def __init__(self) -> None:
         self._asked = False
         self._steps = 0
+        self.signum: int = signal.SIGTERM  # the signal that asked last
 
-    def ask(self, signum: int = 0, frame: FrameType | None = None) -> None:
+    def ask(self, signum: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Ask the job to stop after the present step; a signal handler."""
-        self._asked = True
+        self._asked, self.signum = True, signum
+        if signum == signal.SIGINT:
+            # An epoch's end may take a while to score: let the next one end all.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Not `print`: the signal may have come in the middle of another one.
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
 
     def requested(self) -> bool:
         """Whether to stop after this step; all processes of a job hear the same.
@@ -33,14 +40,23 @@ class Stopper:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Stopper]:
-    """Let SIGTERM ask the job to stop, instead of ending it, within the body."""
+def stop_on_signal() -> Iterator[Stopper]:
+    """Let SIGTERM and SIGINT ask the job to stop, instead of ending it, in the body.
+
+    In a job of several processes SIGTERM alone, and JAX listens to it itself.
+    """
     stopper = Stopper()
-    if jax.process_count() > 1:  # JAX itself listens to SIGTERM then
+    if jax.process_count() > 1:
         yield stopper
         return
-    previous = signal.signal(signal.SIGTERM, stopper.ask)
+    before = {
+        signum: signal.signal(signum, stopper.ask)
+        for signum in (signal.SIGTERM, signal.SIGINT)
+        # A shell lets its background jobs ignore Ctrl-C.
+        if signal.getsignal(signum) != signal.SIG_IGN
+    }
     try:
         yield stopper
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

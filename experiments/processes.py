@@ -3,28 +3,31 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.errors import StoppedError, StorageError
-from experiments.parallel import DevicesError
+from experiments.errors import COMMON_ERRORS, DevicesError, explanation
 from experiments.settings import Cluster
+
+# Settings in which the processes of a job may differ: each has its own disk.
+OWN_SETTINGS = frozenset({"workdir", "data_dir", "cluster"})
 
 
 @contextlib.contextmanager
 def job(cluster: Cluster) -> Iterator[None]:
     """Connect to the other processes, before the body uses any device.
 
-    A process that fails for a reason of its own ends on the spot, with its traceback.
-    If it unwound as usual, it would wait five minutes at its exit for the others, which
-    wait for it in the middle of a step. Those notice the broken connection, at the
-    latest after JAX's heartbeat of 100 seconds, and end likewise.
+    A process that fails for a reason of its own says so and ends on the spot. If it
+    unwound as usual, it would wait five minutes at its exit for the others, which wait
+    for it in the middle of a step. Those notice the broken connection, at the latest
+    after JAX's heartbeat of 100 seconds, and end likewise.
 
     Raises:
         DevicesError: `--distributed` found no cluster to join.
@@ -32,15 +35,29 @@ def job(cluster: Cluster) -> Iterator[None]:
     _join(cluster)
     try:
         yield
-    except (DevicesError, FloatingPointError, StorageError, StoppedError):
-        raise  # every process finds these, at the same step
-    except (Exception, KeyboardInterrupt):
+    except COMMON_ERRORS:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
+        _leave(error)
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process, and with it the job, without waiting for anybody."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = explanation(error)
+    try:
+        if interrupted:
+            print("interrupted", file=sys.stderr)
+        elif text is not None:
+            print(f"error: {text}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+    finally:  # also where nobody reads what is printed
+        os._exit(128 + signal.SIGINT if interrupted else 1)
 
 
 def _join(cluster: Cluster) -> None:
@@ -57,6 +74,38 @@ def _join(cluster: Cluster) -> None:
                 f" ({error}) Give --coordinator-address, --num-processes and"
                 " --process-id instead, or leave --distributed out."
             ) from error
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Make sure that all processes of the job were started with the same settings.
+
+    Otherwise they would train one network at two rates, or wait for each other's
+    batches for ever.
+
+    Args:
+        settings: This process's, in JSON's types; those that each process may have for
+            itself are not compared.
+
+    Raises:
+        DevicesError: Settings differ; raised in all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    shared = {n: value for n, value in settings.items() if n not in OWN_SETTINGS}
+    expected = from_main(lambda: shared)
+    names = sorted(expected)  # the same in all processes, whatever their versions
+    differs = [shared.get(name) != expected[name] for name in names]
+    differs.append(not shared.keys() <= expected.keys())
+    anywhere = np.any(multihost_utils.process_allgather(np.array(differs)), axis=0)
+    found = [name for name, bad in zip(names, anywhere, strict=False) if bad]
+    if anywhere[-1]:
+        found.append("settings that process 0 does not know")
+    if found:
+        raise DevicesError(
+            f"the job's processes were started with different settings: they differ in"
+            f" {', '.join(found)}. Give all of them the same command line; only"
+            " --process-id, --workdir and --data-dir may be each one's own."
+        )
 
 
 def is_main() -> bool:

@@ -9,7 +9,7 @@ import jax
 
 from experiments import data, processes
 from experiments.checkpoints import Store
-from experiments.errors import StoppedError
+from experiments.errors import StoppedError, StorageError
 from experiments.evaluate import Evaluation, averaged_network, evaluate
 from experiments.files import write_json
 from experiments.metrics import Log
@@ -74,16 +74,33 @@ def final_state(config: Config, compiled: CompiledArm, seed: int) -> TrainState:
 
 
 def finished_scores(config: Config, arm: Arm, seed: int) -> Scores | None:
-    """The scores of a run that is complete; None for any other."""
+    """The scores of a run that is complete; None for any other.
+
+    Raises:
+        StorageError: Its finished.json is damaged.
+    """
     path = run_directory(config, arm.name, seed) / "finished.json"
 
-    def read() -> dict[str, Any] | None:
-        return json.loads(path.read_text()) if path.is_file() else None
+    def read() -> dict[str, Any]:
+        if not path.is_file():
+            return {"scores": None}
+        try:
+            scores = json.loads(path.read_text())["scores"]
+            _scores(scores)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            return {"damage": f"{type(error).__name__}: {error}"}
+        return {"scores": scores}
 
-    content = processes.from_main(read)
-    if content is None or not {r.label for r in arm.readouts} <= set(content["scores"]):
+    found = processes.from_main(read)
+    if "damage" in found:
+        raise StorageError(
+            f"{path} is damaged ({found['damage']}). Delete it; the same command then"
+            " writes it anew, from the run's last checkpoint."
+        )
+    scores = found["scores"]
+    if scores is None or not {r.label for r in arm.readouts} <= set(scores):
         return None
-    return _scores(content["scores"])
+    return _scores(scores)
 
 
 def _scores(content: dict[str, Any]) -> Scores:
@@ -178,7 +195,8 @@ class _RunHooks(Hooks):
             raise StoppedError(
                 f"stopped at step {snapshot.step} of {self._compiled.steps} in run"
                 f" {run_name(self._compiled.arm.name, self._seed)}; saved. The same"
-                " command goes on from there."
+                " command goes on from there.",
+                self._outputs.stopper.signum,
             )
 
 
@@ -203,7 +221,7 @@ def execute(
     Raises:
         FloatingPointError: Training diverged; the message names the step, the learning
             rate and the last good checkpoint.
-        StoppedError: SIGTERM came; the run is saved.
+        StoppedError: SIGTERM or Ctrl-C came; the run is saved.
         StorageError: A checkpoint cannot be written or read.
     """
     arm = compiled.arm

@@ -53,7 +53,8 @@ class Snapshot(NamedTuple):
 
     step: int  # steps done
     state: TrainState  # on the host, or on this process's first device
-    metrics: list[tuple[float, float]]  # loss and accuracy of this epoch's steps so far
+    # Loss and accuracy of this epoch's steps so far; the snapshot's own.
+    metrics: list[tuple[float, float]]
 
 
 StepFn = Callable[[TrainState, data.Batch], tuple[TrainState, Metrics]]
@@ -66,7 +67,7 @@ class Hooks:
         """See step number `step`, from 1, one step after it was dispatched."""
 
     def on_report(self, report: EpochReport) -> None:
-        """See an epoch's means, one step into the next epoch."""
+        """See an epoch's means, before `on_epoch_end`."""
 
     def on_epoch_end(self, epoch: int, state: TrainState) -> None:
         """See the state at the end of an epoch, from 1; the next step donates it.
@@ -79,7 +80,7 @@ class Hooks:
         return False
 
     def on_snapshot(self, snapshot: Snapshot) -> None:
-        """Save a run; its arrays are the caller's own."""
+        """Save a run; its arrays and its list are the caller's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,24 +248,34 @@ class _Meter:
         self._pending: tuple[int, Metrics] | None = None
         self._seconds = 0.0
         self._steps_timed = 0
+        self._is_compiled = False  # the first step is, while it is dispatched
 
     def swap(self, step: int, metrics: Metrics, clock: float) -> None:
-        """Take a step's metrics; wait for those of the step before."""
-        timed = self._pending is not None
-        self.flush()
-        if timed:
+        """Take a step's metrics; wait for those of the step before.
+
+        Args:
+            step: Its number.
+            metrics: Not there yet: the step was only just dispatched.
+            clock: When the loop turned to this step.
+        """
+        if self._is_compiled:
             self._seconds += time.perf_counter() - clock
-            self._steps_timed += 1
+        self._is_compiled = True
+        self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
         """Wait for the metrics taken last."""
-        if self._pending is not None:
-            self._add(*self._pending)
-            self._pending = None
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        clock = time.perf_counter()
+        metrics = jax.device_get(metrics)
+        self._seconds += time.perf_counter() - clock
+        self._steps_timed += 1
+        self._add(step, metrics)
 
     def _add(self, step: int, metrics: Metrics) -> None:
-        metrics = jax.device_get(metrics)
         compiled = self._compiled
         rate = float(compiled.learning_rates[step - 1])
         epoch = compiled.arm.first_epoch + -(-step // compiled.steps_per_epoch)
@@ -320,8 +331,8 @@ def train(
         The final state, on this process's first device.
 
     Raises:
-        FloatingPointError: A loss, or a weight to be saved, is NaN or infinite; the
-            message names the step.
+        FloatingPointError: A loss, or something in the state at an epoch's end or to be
+            saved, is NaN or infinite; the message names the step.
     """
     hooks = hooks or Hooks()
     arm, strategy, steps = compiled.arm, compiled.strategy, compiled.steps_per_epoch
@@ -345,19 +356,53 @@ def train(
         # Waits for the previous step only: this one keeps the device busy.
         meter.swap(step, metrics, clock)
         if step % steps == 0:
+            # A NaN must not reach the scores, nor the BatchNorm pass of an average.
+            meter.flush()
             here = strategy.fetch(state)
+            _check_finite(here, compiled, config, step)
             hooks.on_epoch_end(arm.first_epoch + step // steps, here)
         if hooks.saves_after(step):
             meter.flush()
+            here = strategy.fetch(state)
+            _check_finite(here, compiled, config, step)
             # Copied: the next step overwrites the buffers.
-            here = jax.tree.map(np.array, jax.device_get(strategy.fetch(state)))
-            if not _all_finite(here.params):
-                raise not_finite("a weight is not finite", compiled, config, step)
-            hooks.on_snapshot(Snapshot(step, here, meter.metrics))
+            here = jax.tree.map(np.array, jax.device_get(here))
+            hooks.on_snapshot(Snapshot(step, here, list(meter.metrics)))
         clock = time.perf_counter()
-    meter.flush()
     return strategy.fetch(state)
 
 
-def _all_finite(tree: PyTree) -> bool:
-    return all(bool(np.all(np.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+def _check_finite(
+    state: TrainState, compiled: CompiledArm, config: Config, step: int
+) -> None:
+    """Look for what the loss has not shown yet: it is that of the step's start."""
+    average = (
+        swa_jax.swa_state(state.opt_state)
+        if compiled.arm.averages_from is not None
+        else None
+    )
+    finite = _finite(state.params, state.batch_stats, average)
+    for what, holds in jax.device_get(finite).items():
+        if not holds:
+            raise not_finite(f"{what} is not finite", compiled, config, step)
+
+
+@jax.jit
+def _finite(
+    params: PyTree, batch_stats: PyTree, average: swa_jax.SWAState | None
+) -> dict[str, jax.Array]:
+    """Whether each part of a state is finite, in one pass on the device."""
+
+    def holds(tree: PyTree) -> jax.Array:
+        floats = [
+            leaf
+            for leaf in jax.tree.leaves(tree)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
+        each = [jnp.all(jnp.isfinite(leaf)) for leaf in floats]
+        return jnp.all(jnp.array(each, dtype=bool))
+
+    found = {"a weight": holds(params), "a BatchNorm statistic": holds(batch_stats)}
+    if average is not None:  # its mean says nothing before the first sample
+        found["an average"] = (average.num_averaged == 0) | holds(average.avg_params)
+    return found

@@ -54,6 +54,22 @@ def test_a_step_is_saved_once(store):
     assert_same(store.restore(state(0))[1], state(5))
 
 
+def test_what_is_saved_is_the_moment_of_saving(store):
+    """Orbax writes in the background, while the training loop appends."""
+    for step in range(1, 6):
+        metrics = [[0.1, 0.2]] * 3
+        store.save(step, state(step, size=1000), {"metrics": metrics})
+        metrics.append([9.0, 9.0])
+        store.wait()
+        assert store.restore(state(0, size=1000))[2] == {"metrics": [[0.1, 0.2]] * 3}
+
+
+def test_only_json_can_be_saved_beside_the_arrays(store):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        store.save(5, state(5), {"loss": np.float32(1)})
+    assert store.latest() is None
+
+
 def test_without_a_checkpoint_there_is_nothing_to_restore(store):
     with pytest.raises(StorageError, match="holds no complete checkpoint"):
         store.restore(state(0))
@@ -198,10 +214,11 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     assert last > 0
 
 
-def test_workdir_belongs_to_its_settings(tmp_path):
-    settings = {"epochs": 4, "workdir": "a", "widths": [4, 4]}
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "runs"])
+def test_workdir_belongs_to_the_settings_of_the_job_that_began(tmp_path, trace):
+    settings = {"name": "a", "epochs": 4, "workdir": "a", "widths": [4, 4]}
     with open_workdir(tmp_path / "w", settings):
-        pass
+        (tmp_path / "w" / trace).touch()
     with open_workdir(tmp_path / "w", {**settings, "workdir": "b"}):
         pass  # free to change
     changed = {**settings, "epochs": 5, "widths": [8]}
@@ -217,14 +234,22 @@ def test_workdir_belongs_to_its_settings(tmp_path):
     assert found == {**settings, "workdir": "b"}  # what ran last
 
 
+def test_workdir_where_nothing_began_is_taken_over(tmp_path):
+    """A command that failed for want of data, say, is corrected and given again."""
+    for epochs in (4, 5):
+        settings = {"name": "a", "epochs": epochs}
+        with open_workdir(tmp_path, settings):
+            assert json.loads((tmp_path / "config.json").read_text()) == settings
+
+
 def test_workdir_has_one_job_at_a_time(tmp_path):
     with (
-        open_workdir(tmp_path, {}),
+        open_workdir(tmp_path, {"name": "a"}),
         pytest.raises(StorageError, match="is in use by another job"),
-        open_workdir(tmp_path, {}),
+        open_workdir(tmp_path, {"name": "a"}),
     ):
         pass
-    with open_workdir(tmp_path, {}):
+    with open_workdir(tmp_path, {"name": "a"}):
         pass  # the first has let go
 
 
@@ -236,12 +261,18 @@ def test_workdir_that_is_none(tmp_path):
         open_workdir(file, {}),
     ):
         pass
-    (tmp_path / "config.json").write_text("not json")
+
+
+@pytest.mark.parametrize("content", ["not json", '["a"]', '{"theme": "dark"}'])
+def test_config_of_another_program_is_left_alone(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
     with (
-        pytest.raises(StorageError, match="is not a job's configuration"),
-        open_workdir(tmp_path, {}),
+        pytest.raises(StorageError, match=r"config\.json is not a job's configuration"),
+        open_workdir(tmp_path, {"name": "a"}),
     ):
         pass
+    assert path.read_text() == content
 
 
 def test_free_settings_exist():

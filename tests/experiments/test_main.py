@@ -159,6 +159,63 @@ def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: what to do\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (NotADirectoryError(20, "Not a directory", "/f/x"), "/f/x cannot be used (Not"),
+        (PermissionError(13, "Permission denied", "/etc/x"), "/etc/x cannot be used ("),
+        (OSError(30, "Read-only file system", "/usr/x"), "/usr/x cannot be used (Read"),
+        (
+            OSError(28, "No space left on device", "/w/x"),
+            "no room to write ([Errno 28]",
+        ),
+    ],
+)
+def test_path_that_cannot_be_used_is_named_in_one_line(
+    error, shown, monkeypatch, capsys
+):
+    def fail(config, console):
+        raise error
+
+    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    assert __main__.main(["digits"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {shown}")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(2, "gone", "y")])
+def test_mistakes_of_the_program_keep_their_traceback(error, monkeypatch):
+    def fail(config, console):
+        raise error
+
+    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    with pytest.raises(type(error)):
+        __main__.main(["digits"])
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    def interrupt(config, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "train_and_evaluate", interrupt)
+    assert __main__.main(["digits"]) == 130
+    message = capsys.readouterr().err
+    assert message.startswith("interrupted; ")
+    assert message.count("\n") == 1
+
+
+def test_a_command_that_could_not_start_is_corrected(data_dir, tmp_path, capsys):
+    """Its settings do not claim the work directory."""
+    places = ["--workdir", str(tmp_path / "w"), "--data-dir", str(data_dir)]
+    for count in ("5000", "6000"):
+        assert __main__.main([*TINY, *places, "--train-examples", count]) == 1
+        assert capsys.readouterr().err == (
+            f"error: train_examples is {count}; the train split of digits has 896. Ask"
+            " for at most that many.\n"
+        )
+
+
 def test_help_lists_the_experiments():
     shown = subprocess.run(
         [sys.executable, "-m", "experiments", "--help"],

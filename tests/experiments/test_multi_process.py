@@ -159,24 +159,50 @@ def test_two_processes_train_the_same_network(
 ONE_FAILS = """
 import sys
 from jax.experimental import multihost_utils
-from experiments import configs, processes
+from experiments import configs, data, processes
 with processes.job(configs.Cluster(False, sys.argv[1], 2, int(sys.argv[2]))):
     multihost_utils.sync_global_devices("start")
     if not processes.is_main():
-        raise OSError("the disk is gone")
+        raise {error}
     multihost_utils.sync_global_devices("step")
 """
 
 
-def test_one_failing_process_ends_the_job(job):
+@pytest.mark.parametrize(
+    ("error", "shown", "traceback"),
+    [
+        ("OSError('the disk is gone')", "OSError: the disk is gone", True),
+        ("data.DataUnavailableError('run pip')", "error: run pip\n", False),
+    ],
+)
+def test_one_failing_process_ends_the_job(job, error, shown, traceback):
     """Without waiting five minutes for each other."""
     port = free_port()
+    program = ONE_FAILS.format(error=error)
     for process in range(2):
-        job.start(["-c", ONE_FAILS, f"127.0.0.1:{port}", str(process)], 2)
+        job.start(["-c", program, f"127.0.0.1:{port}", str(process)], 2)
     statuses, outputs = job.wait(timeout=120)
     assert statuses[1] == 1
     assert statuses[0] != 0
-    assert "OSError: the disk is gone" in outputs[1][1]
+    assert shown in outputs[1][1]
+    assert ("Traceback" in outputs[1][1]) == traceback
+
+
+def test_processes_with_different_settings_do_not_start(job, prepared, tmp_path):
+    """They would train one network at two rates, or wait for each other for ever."""
+    args = [*TINY, *prepared, "--parallel", "jit"]
+    own = [[], ["--batch-size", "16", "--learning-rate", "0.3"]]
+    port = free_port()
+    for process in range(2):
+        workdir = ["--workdir", str(tmp_path / str(process))]
+        job.start([*args, *workdir, *own[process], *cluster_flags(process, port)], 2)
+    statuses, outputs = job.wait(timeout=120)
+    assert statuses == [1, 1], outputs
+    message = outputs[0][1]
+    assert "error: the job's processes were started with different settings" in message
+    assert "they differ in batch_size, learning_rate. Give all of them" in message
+    assert "Traceback" not in message + outputs[1][1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_distributed_without_a_cluster_is_an_error(job):

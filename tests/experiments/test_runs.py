@@ -1,27 +1,33 @@
 """Runs that are killed, stopped, finished or diverge; and what they leave."""
 
+import contextlib
 import dataclasses
 import io
+import itertools
 import json
-import os
 import pathlib
+import pickle
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import rich.console
 
-from experiments import compare, runs
+from experiments import compare, configs, runs
+from experiments.builders import Examples
 from experiments.checkpoints import Store
 from experiments.compare import train_and_evaluate
+from experiments.data import MemorySplit
 from experiments.errors import StoppedError, StorageError
 from experiments.metrics import read_log
 from experiments.preemption import Stopper
-from experiments.train import Hooks
 
 
 def quiet():
@@ -62,8 +68,8 @@ def whole(tiny_model, tmp_path_factory):
         control_lr=0.01,
         seeds=1,
         workdir=tmp_path_factory.mktemp("whole") / "run",
-        checkpoint_every=5,
-        log_every=2,
+        checkpoint_every=4,
+        log_every=1,
     )
     train_and_evaluate(config, quiet())
     return config
@@ -147,159 +153,346 @@ def test_seeds_are_added_to_finished_ones(tiny, monkeypatch):
         assert len(new["loss"]) == 2
 
 
-class StopAt(Stopper):
-    """Asks to stop after a number of steps of the whole job."""
+class StopAfter(Stopper):
+    """Asks to stop after a number of steps."""
 
-    def __init__(self, step):
+    def __init__(self, steps):
         super().__init__()
-        self._left = step
+        self._left = steps
 
     def requested(self):
         self._left -= 1
         return self._left == 0
 
 
-# Mid-epoch in the first epoch; at an epoch's end; in the averaging; at a checkpoint;
-# at the last step of a run; in the control.
-@pytest.mark.parametrize("step", [2, 6, 17, 12 + 5, 12 + 9, 12 + 9 + 4])
-def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, step, monkeypatch):
+def lines(workdir):
+    """Every complete line of the log, repetitions too."""
+    path = workdir / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def steps_of(events):
+    return [(e["arm"], e["step"]) for e in events if e["event"] == "step"]
+
+
+def newest_checkpoints(workdir):
+    """Step of the newest complete checkpoint of each run that is not finished.
+
+    Read from the names alone: opening a store tidies up.
+    """
+    found = {}
+    for directory in (workdir / "runs").glob("*"):
+        saved = (p.name for p in (directory / "checkpoints").glob("*"))
+        steps = [int(name) for name in saved if name.isdigit()]
+        if steps and not (directory / "finished.json").exists():
+            found[directory.name] = max(steps)
+    return found
+
+
+def assert_resumed(events, expected, why=""):
+    """That a life of a job went on from the checkpoints found before it, and no other.
+
+    Otherwise it would train the run again from its start: to the same numbers.
+    """
+    resumed = [e for e in events if e["event"] == "resumed"]
+    found = {f"{e['arm']}-seed{e['seed']}": e["step"] for e in resumed}
+    assert found == expected, why
+    assert len(resumed) == len(found), why
+    for event in resumed:
+        again = [step for arm, step in steps_of(events) if arm == event["arm"]]
+        assert again[:1] in ([], [event["step"] + 1]), why
+
+
+def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = dataclasses.replace(whole, workdir=tmp_path / "run")
-    original = compare.stop_on_sigterm
-
-    class Once:
-        def __init__(self):
-            self.stopper = StopAt(step)
-
-        def __enter__(self):
-            return self.stopper
-
-        def __exit__(self, *exception):
-            return None
-
-    monkeypatch.setattr(compare, "stop_on_sigterm", Once)
-    with pytest.raises(
-        StoppedError, match=r"stopped at step \d+ of \d+ in run .*saved"
-    ):
-        train_and_evaluate(config, quiet())
-    monkeypatch.setattr(compare, "stop_on_sigterm", original)
+    before, expected = 0, {}
+    # Mid-epoch in the first epoch; at an epoch's end; at a checkpoint, in the
+    # averaging; mid-epoch; at the last step of a run; in the control.
+    for run, step, steps in [
+        ("converged", 2, 2),
+        ("converged", 6, 4),
+        ("swa", 4, 6 + 4),
+        ("swa", 5, 1),
+        ("swa", 9, 4),
+        ("control", 4, 4),
+    ]:
+        with monkeypatch.context() as patch:
+            stopper = contextlib.nullcontext(StopAfter(steps))
+            patch.setattr(compare, "stop_on_signal", lambda stopper=stopper: stopper)
+            stopped = rf"stopped at step {step} of \d+ in run {run}-seed0; saved"
+            with pytest.raises(StoppedError, match=stopped):
+                train_and_evaluate(config, quiet())
+        assert_resumed(lines(config.workdir)[before:], expected)
+        before, expected = len(lines(config.workdir)), {f"{run}-seed0": step}
+        assert newest_checkpoints(config.workdir) == expected
     train_and_evaluate(config, quiet())
-    assert final_arrays(config.workdir) == final_arrays(whole.workdir)
-    assert scores(config.workdir) == scores(whole.workdir)
-    assert logged(config.workdir) == logged(whole.workdir)
+    assert_resumed(lines(config.workdir)[before:], expected)
+    steps = steps_of(lines(config.workdir))
+    assert len(steps) == len(set(steps))  # none is done twice
+    assert_same_job(config.workdir, whole.workdir)
 
 
-def command(config, **environment):
-    """The job as a real process."""
-    script = (
-        "import pickle, sys, rich.console, experiments.__main__ as m;"
-        "config = pickle.load(open(sys.argv[1], 'rb'));"
-        "m.tyro.extras.overridable_config_cli = lambda *a, **k: config;"
-        "sys.exit(m.main([]))"
-    )
-    path = config.workdir.parent / "config.pickle"
-    import pickle
+def assert_same_job(workdir, expected, why=""):
+    assert final_arrays(workdir) == final_arrays(expected), why
+    assert scores(workdir) == scores(expected), why
+    assert logged(workdir) == logged(expected), why
 
-    path.write_bytes(pickle.dumps(config))
+
+# A job as a process, whose steps take a while, so that a slow machine can hit them.
+PROGRAM = """
+import pickle, signal, sys, time
+import experiments.__main__ as main
+from experiments import data, preemption
+
+config, splits, seconds = pickle.load(open(sys.argv[1], "rb"))
+if splits is not None:
+    data.load_splits = lambda config, names: splits
+requested = preemption.Stopper.requested
+
+def slowly(stopper):
+    time.sleep(seconds)
+    return requested(stopper)
+
+preemption.Stopper.requested = slowly
+main.tyro.extras.overridable_config_cli = lambda *args, **kwargs: config
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main.main([]))
+"""
+
+
+def start(config, splits=None, seconds=0.05):
+    path = config.workdir.parent / "job.pickle"
+    path.write_bytes(pickle.dumps((config, splits, seconds)))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
+        [sys.executable, "-c", PROGRAM, str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
     )
 
 
-def steps_logged(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count('"event": "step"') if path.exists() else 0
+def wait_for(process, reached):
+    """Wait for progress, not for time: a slow machine is interrupted alike."""
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def small_job(tiny_model):
+    """MixUp and shifts, BatchNorm, SGD; averages epochs 2 to 6."""
+    return (
+        dataclasses.replace(tiny_model, mixup_alpha=0.3, max_shift=1),
+        None,
+    )
+
+
+def text_job(tiny_model):
+    """A Transformer with dropout, trained by AdamW."""
+    tokens = np.random.default_rng(0).integers(0, 256, (20, 9), dtype=np.uint8)
+    rows = Examples(tokens[:, :-1], tokens[:, 1:].astype(np.int32))
+    split = MemorySplit(rows, num_classes=256)
+    config = dataclasses.replace(
+        configs.EXPERIMENTS["shakespeare"][1],
+        protocol="side_by_side",
+        control_lr=None,
+        tune_control_lrs=tiny_model.tune_control_lrs,
+        context=8,
+        layers=1,
+        heads=2,
+        width=8,
+        dropout=0.2,
+        batch_size=8,
+        eval_batch_size=16,
+        width_plot=False,
+    )
+    assert config.optimizer == "adamw"
+    return config, {"train": split, "test": split}
+
+
+@pytest.fixture(params=[small_job, text_job], scope="module")
+def side_by_side(request, tiny_model, tmp_path_factory):
+    """An uninterrupted job of two arms of 18 steps, and the splits it trained on."""
+    config, splits = request.param(tiny_model)
+    config = dataclasses.replace(
+        config,
+        seeds=1,
+        epochs=6,
+        swa_epochs=(5,),
+        workdir=tmp_path_factory.mktemp("side_by_side") / "run",
+        checkpoint_every=2,
+        log_every=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if splits is not None:
+            patch.setattr(compare.data, "load_splits", lambda *_: splits)
+        train_and_evaluate(config, quiet())
+    return config, splits
+
+
+def kill_and_finish(whole, config, splits, moments, why):
+    """SIGKILL a job at `moments`: (arm, step) and a delay in seconds after it."""
+    order = {each: i for i, each in enumerate(steps_of(lines(whole.workdir)))}
+    before, expected, resumed = 0, {}, set()
+    for moment, delay in moments:
+
+        def reached(moment=moment, before=before):
+            new = steps_of(lines(config.workdir)[before:])  # progress of this life
+            return new and order[new[-1]] >= order[moment]
+
+        with start(config, splits) as process:
+            wait_for(process, reached)
+            time.sleep(delay)
+            process.kill()
+            process.communicate()
+        events = lines(config.workdir)
+        assert_resumed(events[before:], expected, why)
+        before, expected = len(events), newest_checkpoints(config.workdir)
+        resumed |= expected.keys()
+        last = dict(steps_of(events))  # of each arm
+        for run, step in expected.items():
+            # The newest but one was complete before the newest was begun.
+            done = last[run.removesuffix("-seed0")]
+            assert step >= done - 2 * config.checkpoint_every, why
+    with start(config, splits) as process:
+        _, problems = process.communicate(timeout=240)
+    assert process.returncode == 0, (problems, why)
+    assert_resumed(lines(config.workdir)[before:], expected, why)
+    assert_same_job(config.workdir, whole.workdir, why)
+    return resumed
+
+
+def seeded():
+    seed = time.time_ns() % 2**32
+    return seed, random.Random(seed)
 
 
 def test_killed_job_resumes_bit_for_bit(whole, tmp_path):
-    """SIGKILL at random moments, until the job gets through."""
+    """SIGKILL at random moments of a job whose arms start from one another."""
+    seed, rng = seeded()
+    steps = steps_of(lines(whole.workdir))
+    chosen = sorted(rng.sample(range(len(steps) - 2), 2))
+    moments = [(steps[i], rng.uniform(0, 0.1)) for i in chosen]
     config = dataclasses.replace(whole, workdir=tmp_path / "run")
-    total = steps_logged(whole.workdir)
-    kills = [random.randrange(1, total) for _ in range(3)]
-    for moment in sorted(kills):
-        with command(config) as process:
-            # Waits for progress, not for time: a slow machine is killed alike.
-            while process.poll() is None and steps_logged(config.workdir) < moment:
-                time.sleep(0.005)
-            process.kill()
-            process.communicate()
-    with command(config) as process:
-        _, problems = process.communicate(timeout=240)
-    assert process.returncode == 0, problems
-    assert final_arrays(config.workdir) == final_arrays(whole.workdir)
-    assert scores(config.workdir) == scores(whole.workdir), kills
-    assert logged(config.workdir) == logged(whole.workdir), kills
+    kill_and_finish(whole, config, None, moments, f"seed {seed}: {moments}")
 
 
-def test_sigterm_saves_and_ends_with_143(whole, tmp_path):
+def test_killed_average_resumes_bit_for_bit(side_by_side, tmp_path):
+    """Once averaging has begun, at step 6, with randomness in every step."""
+    whole, splits = side_by_side
+    seed, rng = seeded()
+    # From step 9 on, the checkpoint after step 6 is complete.
+    moments = [(("swa5", rng.randrange(9, 15)), rng.uniform(0, 0.1))]
+    config = dataclasses.replace(whole, workdir=tmp_path / "run")
+    why = f"seed {seed}: {moments}"
+    resumed = kill_and_finish(whole, config, splits, moments, why)
+    assert resumed == {"swa5-seed0"}, why
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_signal_saves_first(whole, tmp_path, monkeypatch, signum, status):
     config = dataclasses.replace(
         whole, workdir=tmp_path / "run", checkpoint_every=10**6
     )
-    with command(config) as process:
-        while process.poll() is None and not steps_logged(config.workdir):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
+    with start(config) as process:
+        wait_for(process, lambda: steps_of(lines(config.workdir)))
+        process.send_signal(signum)
         _, problems = process.communicate(timeout=240)
-    if process.returncode == 0:
-        pytest.skip("the job was faster than the signal")
-    assert process.returncode == 143, problems
+    assert process.returncode == status, problems
     assert "The same command goes on from there" in problems
     assert "Traceback" not in problems
-    saved = [p for p in (config.workdir / "runs").glob("*/checkpoints/*") if p.is_dir()]
-    assert saved
+    (stopped,) = re.findall(r"stopped at step (\d+) of 12 in run conv", problems)
+    assert newest_checkpoints(config.workdir) == {"converged-seed0": int(stopped)}
+    before = len(lines(config.workdir))
+    stopper = contextlib.nullcontext(StopAfter(1))
+    monkeypatch.setattr(compare, "stop_on_signal", lambda: stopper)
+    with pytest.raises(StoppedError, match=f"at step {int(stopped) + 1} of 12"):
+        train_and_evaluate(config, quiet())
+    expected = {"converged-seed0": int(stopped)}
+    assert_resumed(lines(config.workdir)[before:], expected)
 
 
-def test_divergence_names_the_last_good_checkpoint(tiny, monkeypatch):
-    config = dataclasses.replace(tiny, seeds=1, checkpoint_every=2)
+def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
+    config = dataclasses.replace(whole, workdir=tmp_path / "run", log_every=1)
+    with start(config, seconds=600) as process:
+        # By then the handler is there: a signal before it would end all at once.
+        wait_for(process, (config.workdir / "runs").exists)
+        process.send_signal(signal.SIGINT)
+        while "Ctrl-C again" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, problems = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in problems
+    assert "Traceback" not in problems
+
+
+def test_damaged_scores_are_an_error_with_a_cure(whole, tmp_path):
+    config = dataclasses.replace(whole, workdir=tmp_path / "run")
+    shutil.copytree(whole.workdir, config.workdir)
+    path = config.workdir / "runs/swa-seed0/finished.json"
+    good = path.read_text()
+    for bad in (good[:20], "[]", "{}", '{"scores": {"SWA": {"speed": 1}}}'):
+        path.write_text(bad)
+        message = r"swa-seed0/finished\.json is damaged .*Delete it; the same command"
+        with pytest.raises(StorageError, match=message):
+            train_and_evaluate(config, quiet())
+    path.unlink()
+    train_and_evaluate(config, quiet())
+    assert path.read_text() == good
+
+
+def spoilt_loss(state, metrics):
+    return state, metrics._replace(loss=np.float32(np.nan))
+
+
+def spoilt_weights(state, metrics):
+    """As an update may leave them whose own loss was still finite."""
+    spoilt = jax.tree.map(lambda p: p * np.nan, state.params)
+    return state._replace(params=spoilt), metrics
+
+
+@pytest.mark.parametrize(
+    ("arm", "step", "spoil", "message", "last_good"),
+    [
+        ("sgd", 5, spoilt_loss, r"loss is nan at step 5 \(epoch 2 of 4, arm sgd, ", 4),
+        # Just before an average is read, and its BatchNorm statistics recomputed.
+        ("swa3", 12, spoilt_weights, r"a weight is not finite at step 12 \(.*swa3", 10),
+    ],
+    ids=["loss", "weights"],
+)
+def test_divergence_names_the_last_good_checkpoint(
+    tiny, monkeypatch, arm, step, spoil, message, last_good
+):
+    config = dataclasses.replace(tiny, seeds=1, checkpoint_every=2, swa_epochs=(3,))
     real = runs.train
 
     def diverging(config, compiled, seed, split, hooks, **kwargs):
-        step = compiled.step
-        calls = iter(range(1, 1000))
+        honest = compiled.step
+        numbers = itertools.count(1)
 
-        def poisoned(state, batch):
-            state, metrics = step(state, batch)
-            if next(calls) == 5:
-                metrics = metrics._replace(loss=np.float32(np.nan))
-            return state, metrics
+        def spoiling(state, batch):
+            state, metrics = honest(state, batch)
+            return spoil(state, metrics) if next(numbers) == step else (state, metrics)
 
-        compiled = dataclasses.replace(compiled, step=poisoned)
+        if compiled.arm.name == arm:
+            compiled = dataclasses.replace(compiled, step=spoiling)
         return real(config, compiled, seed, split, hooks, **kwargs)
 
     monkeypatch.setattr(runs, "train", diverging)
+    checkpoints = config.workdir / f"runs/{arm}-seed0/checkpoints"
     with pytest.raises(
         FloatingPointError,
-        match=r"loss is nan at step 5 \(epoch 2 of 4, arm sgd, learning rate 0\.0\d+\)"
-        r".* last good checkpoint is step 4, in .*sgd-seed0/checkpoints",
+        match=rf"{message}.*learning rate 0\.0\d+\); lower .*"
+        rf" last good checkpoint is step {last_good}, in {checkpoints}",
     ):
         train_and_evaluate(config, quiet())
-    with Store(config.workdir / "runs/sgd-seed0/checkpoints", 2) as store:
-        assert store.latest() == 4
-
-
-def test_weights_that_are_not_finite_are_not_saved(tiny, split):
-    from experiments import plans
-    from experiments.train import compile_arm, train
-
-    arm = compile_arm(tiny, plans.make_arms(tiny)[0], split)
-
-    def poisoned(state, batch):
-        state, metrics = arm.step(state, batch)
-        params = {**state.params, "Dense_0": {"kernel": np.float32(np.inf)}}
-        return state._replace(params=params), metrics
-
-    class Saving(Hooks):
-        def saves_after(self, step):
-            return step == 1
-
-        def on_snapshot(self, snapshot):
-            raise AssertionError("saved")
-
-    with pytest.raises(FloatingPointError, match="a weight is not finite at step 1"):
-        train(tiny, dataclasses.replace(arm, step=poisoned), 0, split, Saving())
+    with Store(checkpoints, 2) as store:
+        assert store.latest() == last_good
 
 
 def test_paths(tiny):
