@@ -146,8 +146,11 @@ def fashion_mnist_60000() -> Config:
     Trains on all 60,000 images; --tune on 50,000, of which the rest validate.
 
     Command: python -m experiments fashion_mnist_60000
-    Expected: see README, Results.
-    Run time: see README, Results.
+    Expected test accuracy (measured here, 3 seeds): 90.42 ± 0.23 % before,
+    90.14 ± 0.23 % after 5 and 90.26 ± 0.24 % after 10 epochs of SWA; the control after
+    10 epochs 90.44 ± 0.22 %, SGD with the whole budget 90.55 ± 0.16 %. SWA does not
+    help here.
+    Run time: about an hour on 2 CPU cores.
     Rates and weight decay: python -m experiments fashion_mnist_60000 --tune
     """
     return dataclasses.replace(
