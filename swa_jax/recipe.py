@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,17 @@ import optax
 from swa_jax.averaging import SWAState, averaged_with, init_average
 from swa_jax.batch_stats import BatchStatsFn, PyTree, recompute_batch_stats
 from swa_jax.placement import beside, is_traced
+from swa_jax.scalars import check_count, check_rate, known, shown
 from swa_jax.schedules import (
     Strategy,
+    anneal,
     as_schedule,
     as_step,
-    check_rate,
     check_strategy,
-    swa_schedule,
+    scalar_arithmetic,
 )
-from swa_jax.timing import Length, Window, check_count, parse_time, window
-from swa_jax.transform import swa, swa_params
+from swa_jax.timing import Length, Window, parse_time, window
+from swa_jax.transform import _all_finite, swa, swa_params
 
 Logger = Callable[[dict[str, float]], object]
 
@@ -52,12 +53,17 @@ class RecipeState(NamedTuple):
     Attributes:
       average: the average, an ``SWAState``.
       initial_lr: float scalar, the learning rate that the anneal starts from: the one
-        at the first averaged model, 0 before.
-      installed: bool scalar, whether training went on from the average (``swa_end``).
+        at the first model taken up, 0 before.
+      first_tick: int32 scalar, the tick (see ``timing``) of that model, 0 before.
+      last_tick: int32 scalar, the latest tick taken up, 0 before.
+      installed: bool scalar, whether training went on from the average (``swa_end``),
+        or ended with it.
     """
 
     average: SWAState
-    initial_lr: jax.Array  # float32, shape ()
+    initial_lr: jax.Array  # float32 (float64 with 64-bit types), shape ()
+    first_tick: jax.Array  # int32, shape ()
+    last_tick: jax.Array  # int32, shape ()
     installed: jax.Array  # bool, shape ()
 
 
@@ -127,6 +133,9 @@ class SWA:
         the learning rate as often. ``anneal_epochs`` stays in epochs. In batches,
         ``match`` acts on ``BATCH_END`` and ``TrainingState`` must tell
         ``num_updates`` and ``steps_per_epoch``.
+      skip_nonfinite: leave a model with any NaN or infinity out of the average. The
+        learning rate moves on as if it had been averaged, in both forms. ``apply``
+        waits for the weights then.
 
     Raises:
       TypeError: a value of the wrong kind.
@@ -160,6 +169,7 @@ class SWA:
     anneal_strategy: Strategy = "cos"
     swa_end: str | None = None
     update_interval: str = "1ep"
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         _check_start(self.swa_start)
@@ -175,8 +185,20 @@ class SWA:
                 "update_interval must be at least one epoch or batch, such as "
                 f'"1ep" or "100ba", got {self.update_interval!r}'
             )
+        if not isinstance(self.skip_nonfinite, bool | np.bool_):
+            raise TypeError(
+                "skip_nonfinite must be True or False, got "
+                f"{shown(self.skip_nonfinite)}"
+            )
 
     # Inside optax.
+
+    @property
+    def init(self) -> NoReturn:
+        """Not there: what optax looks for in a transformation."""
+        raise _NotATransformationError(_NO_TRANSFORMATION)
+
+    update = init
 
     def schedule(
         self, base: optax.ScalarOrSchedule, num_epochs: int, steps_per_epoch: int
@@ -193,7 +215,8 @@ class SWA:
           whose weights are averaged first, then the anneal.
 
         Raises:
-          ValueError: nothing would be averaged, or a number below 1.
+          ValueError: nothing would be averaged, a number below 1, or more updates than
+            int32 counts.
           TypeError: a number that is no integer, or a ``base`` that is neither a rate
             nor a schedule.
         """
@@ -201,14 +224,13 @@ class SWA:
         when, size = self._window(length), self._tick_size(length)
         base = as_schedule(base)
 
+        @scalar_arithmetic()
         def schedule(step: Any) -> jax.Array:
             step = as_step(step)
-            # Over `step` ended ticks, so many models have been averaged.
-            last_sampled = jnp.minimum(step // size, when.last)
-            num_averaged = (last_sampled - when.first) // when.period + 1
+            number = when.number(jnp.minimum(step // size, when.last))
             lr0 = base(jnp.asarray(when.first * size - 1, step.dtype))
-            annealed = self._annealed(lr0, num_averaged, length)
-            return jnp.where(num_averaged > 0, annealed, base(step))
+            annealed = self._annealed(lr0, number, length)
+            return jnp.where(number > 0, annealed, base(step))
 
         return schedule
 
@@ -226,12 +248,18 @@ class SWA:
           weights: with ``swa_end``, continue from ``swa_params`` yourself.
 
         Raises:
-          ValueError: nothing would be averaged, or a number below 1.
+          ValueError: nothing would be averaged, a number below 1, or more updates than
+            int32 counts.
           TypeError: a number that is no integer.
         """
         length = _known_length(num_epochs, steps_per_epoch)
         when, size = self._window(length), self._tick_size(length)
-        return swa(when.first * size, when.period * size, stop_step=when.last * size)
+        return swa(
+            when.first * size,
+            when.period * size,
+            stop_step=when.last * size,
+            skip_nonfinite=bool(self.skip_nonfinite),
+        )
 
     # In a loop.
 
@@ -250,8 +278,10 @@ class SWA:
         Raises:
           ValueError: an unknown event, an epoch outside the run, or nothing would be
             averaged in a run of this length.
+          TypeError: arguments in another order, a ``state`` that is no
+            ``TrainingState``, or a number in it that is no integer.
         """
-        event = _check_event(event)
+        event = _check_arguments(event, state)
         when = self._window(Length.of(state.num_epochs, state.steps_per_epoch))
         if event in (Event.TRAINING_START, Event.TRAINING_END):
             return True
@@ -278,7 +308,8 @@ class SWA:
         - ``EPOCH_END`` (or ``BATCH_END``) averages the weights and moves the learning
           rate; at ``swa_end`` the averaged weights also replace the current ones.
         - ``TRAINING_END`` makes the averaged weights the state's ``params``, with
-          statistics recomputed for them.
+          statistics recomputed for them. Where training went on from the average, at
+          ``swa_end``, both stay as training has left them.
 
         All that is needed later is in ``TrainingState.swa``, a pytree: a state that is
         saved and restored goes on exactly.
@@ -286,9 +317,10 @@ class SWA:
         Args:
           event: what has just happened. One that ``match`` declines changes nothing.
           state: the training state.
-          logger: called with a dict of floats after each averaged model:
+          logger: called with a dict of floats after each model that was to be averaged:
             ``"swa/num_averaged"``, ``"swa/learning_rate"`` and ``"swa/distance"``, the
-            Euclidean distance between average and weights.
+            Euclidean distance between average and weights (NaN for weights that are
+            not finite).
           batch_stats_fn: one forward pass in training mode, see
             ``recompute_batch_stats``; needed at ``TRAINING_END`` if ``batch_stats``
             has any leaf.
@@ -300,13 +332,18 @@ class SWA:
 
         Raises:
           ValueError: no ``TRAINING_START`` before, ``params`` of another model than
-            then, an epoch that was averaged already, a learning rate that is negative
-            or not finite, statistics without the means to recompute them; see also
-            ``match``.
-          TypeError: ``state.swa`` is not what ``apply`` returned, or the learning rate
-            is no number.
+            then, an epoch that was averaged already, an average of a run of another
+            length, a learning rate that is negative or not finite, statistics without
+            the means to recompute them; see also ``match``.
+          TypeError: ``state.swa`` is not what ``apply`` returned, the learning rate is
+            no number, or what should be a function is none; see also ``match``.
         """
-        event = _check_event(event)
+        event = _check_arguments(event, state)
+        _check_functions(
+            logger=logger, batch_stats_fn=batch_stats_fn, train_batches=train_batches
+        )
+        if callable(state.learning_rate):  # else it is looked at when it is needed
+            check_rate("state.learning_rate", state.learning_rate)
         if not self.match(event, state):
             return state
         _check_carried(state.swa)
@@ -322,58 +359,74 @@ class SWA:
             return _finish(state, batch_stats_fn, train_batches)
         when = self._window(length)
         tick = _tick(when, state)
+        _check_new(when, tick, state.swa)
         if when.samples(tick):
-            _check_new(when, tick, state.swa)
-            state = self._average(state, length)
+            state = self._average(state, length, tick)
             if logger is not None:
                 logger(_metrics(state))
-        return _install(state) if when.ends_early(tick) else state
+        return _install(state, tick) if when.ends_early(tick) else state
 
+    @scalar_arithmetic()
     def _start(self, state: TrainingState, length: Length) -> TrainingState:
         """Creates the average, or takes up the one that a checkpoint brought back."""
+        when = self._window(length)
         if state.swa is None:
-            zero = jnp.zeros([], jnp.result_type(float))
-            new = RecipeState(init_average(state.params), zero, jnp.zeros([], bool))
+            new = RecipeState(
+                average=init_average(state.params),
+                initial_lr=jnp.zeros([], jnp.result_type(float)),
+                first_tick=jnp.zeros([], jnp.int32),
+                last_tick=jnp.zeros([], jnp.int32),
+                installed=jnp.zeros([], bool),
+            )
             return state._replace(swa=new)
-        average, lr0, _ = state.swa
-        if not int(average.num_averaged):
+        _check_window(when, state.swa)
+        if not int(known(state.swa.first_tick)):
             return state
         # The rate is the method's by now, and may not have been saved with it.
-        return state._replace(
-            learning_rate=self._annealed(lr0, average.num_averaged, length)
-        )
+        number = when.number(int(known(state.swa.last_tick)))
+        rate = self._annealed(state.swa.initial_lr, number, length)
+        return state._replace(learning_rate=rate)
 
-    def _average(self, state: TrainingState, length: Length) -> TrainingState:
+    @scalar_arithmetic()
+    def _average(
+        self, state: TrainingState, length: Length, tick: int
+    ) -> TrainingState:
         """Averages the weights, then moves the learning rate."""
-        before, lr0, installed = state.swa  # type: ignore[misc]
+        before: RecipeState = state.swa  # type: ignore[assignment]
         rate = state.learning_rate
         check_rate("state.learning_rate", rate)
         if not is_traced(rate):
-            rate = np.asarray(rate)  # wherever it was: it may meet any device's average
-        lr0 = jnp.where(before.num_averaged == 0, jnp.asarray(rate, lr0.dtype), lr0)
-        average = averaged_with(before, state.params)
-        return state._replace(
-            learning_rate=self._annealed(lr0, average.num_averaged, length),
-            swa=RecipeState(average, lr0, installed),
+            rate = np.asarray(known(rate))  # it may meet the average of any device
+        lr0 = before.initial_lr
+        lr0 = jnp.where(before.first_tick == 0, jnp.asarray(rate, lr0.dtype), lr0)
+        after = RecipeState(
+            average=self._averaged(before.average, state.params),
+            initial_lr=lr0,
+            first_tick=_or_else(before.first_tick, tick),
+            last_tick=jnp.int32(tick),
+            installed=before.installed,
         )
+        number = self._window(length).number(tick)
+        return state._replace(
+            learning_rate=self._annealed(lr0, number, length), swa=after
+        )
+
+    def _averaged(self, average: SWAState, params: PyTree) -> SWAState:
+        if self.skip_nonfinite and not bool(known(_finite(params))):
+            return average
+        return averaged_with(average, params)
 
     # Both.
 
     def _window(self, length: Length) -> Window:
         return window(self.swa_start, self.swa_end, self.update_interval, length)
 
-    def _annealed(self, lr0: Any, num_averaged: jax.Array, length: Length) -> jax.Array:
-        """The rate once ``num_averaged`` models are in the average."""
+    def _annealed(self, lr0: Any, number: Any, length: Length) -> jax.Array:
+        """The rate once so many models have had their turn in the average."""
         interval = parse_time("update_interval", self.update_interval)
         epoch = 1 if interval.unit == "ep" else length.steps("update_interval")
-        anneal = swa_schedule(
-            lr0,
-            self.swa_lr,
-            start_step=0,
-            anneal_steps=self.anneal_epochs * epoch,
-            strategy=self.anneal_strategy,
-        )
-        return anneal(num_averaged * int(interval.value))
+        intervals = self.anneal_epochs * epoch / interval.value
+        return anneal(lr0, self.swa_lr, number, float(intervals), self.anneal_strategy)
 
     def _tick_size(self, length: Length) -> int:
         """Optimizer updates from one tick to the next."""
@@ -393,26 +446,56 @@ def _check_start(start: Any) -> None:
     number = np.ndim(start) == 0 and hasattr(start, "__float__")
     if isinstance(start, bool) or not number:
         raise TypeError(
-            f"swa_start must be a fraction of training or a time string, got {start!r}"
+            "swa_start must be a fraction of training or a time string, got "
+            f"{shown(start)}"
         )
     if not 0 < float(start) < 1:
-        raise ValueError(f"swa_start must be in (0, 1), got {start!r}; {fix}")
+        raise ValueError(f"swa_start must be in (0, 1), got {shown(start)}; {fix}")
 
 
-def _check_event(event: Any) -> Event:
+class _NotATransformationError(TypeError, AttributeError):
+    """Both: the fix for who chains it, and no attribute for who asks ``hasattr``."""
+
+
+_NO_TRANSFORMATION = (
+    "SWA(...) is a recipe, not yet an optax transformation; use "
+    "SWA(...).transform(num_epochs, steps_per_epoch)"
+)
+
+
+def _check_arguments(event: Any, state: Any) -> Event:
+    missing = [name for name in TrainingState._fields if not hasattr(state, name)]
+    if missing:
+        swapped = isinstance(event, TrainingState)
+        fix = "the event comes first: match(event, state), apply(event, state)"
+        raise TypeError(
+            f"state must be a swa_jax.TrainingState, got {shown(state)}; "
+            + (fix if swapped else f"it lacks {', '.join(missing)}")
+        )
     try:
         return Event(event)
     except ValueError:
         names = ", ".join(e.name for e in Event)
         raise ValueError(
             f"event must be a swa_jax.Event ({names}), or its value, such as "
-            f"'epoch_end', got {event!r}"
+            f"'epoch_end', got {shown(event)}"
         ) from None
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            fix = f"; pass {name}=lambda: ..." if name == "train_batches" else ""
+            raise TypeError(
+                f"apply: {name} must be a function or None, got {shown(value)}{fix}"
+            )
 
 
 def _known_length(num_epochs: Any, steps_per_epoch: Any) -> Length:
     check_count("steps_per_epoch", steps_per_epoch)  # None is not enough here
-    return Length.of(num_epochs, steps_per_epoch)
+    length = Length.of(num_epochs, steps_per_epoch)
+    length.updates()
+    return length
 
 
 def _tick_event(when: Window) -> Event:
@@ -444,34 +527,61 @@ def _tick(when: Window, state: TrainingState) -> int:
 
 
 def _check_carried(swa: Any) -> None:
-    if swa is not None and not isinstance(swa, RecipeState):
+    found, kept = swa, isinstance(swa, RecipeState)
+    if kept and not isinstance(swa.average, SWAState):
+        found, kept = swa.average, False  # restored down to there alone
+    if swa is not None and not kept:
         raise TypeError(
-            f"state.swa must be what apply put there, got {type(swa).__name__}; "
+            f"state.swa must be what apply put there, got {type(found).__name__}; "
             "restore it into the structure that TRAINING_START creates, or set it to "
             "None to begin a new average"
         )
 
 
 def _check_new(when: Window, tick: int, swa: RecipeState) -> None:
-    """Raises if the model of this epoch is in the average already."""
-    if when.unit == "ba":
-        return  # to look would make every so many batches wait for the device
-    number = (tick - when.first) // when.period
-    if int(swa.average.num_averaged) > number:
+    """Raises if this tick was taken up before, or the average is of another window."""
+    if is_traced(swa.last_tick):
+        return
+    # From the host, both: nothing that the device computes is waited for.
+    last = int(known(swa.last_tick))
+    if tick <= last:
+        once = "epoch" if when.unit == "ep" else "optimizer update"
         raise ValueError(
-            f"state.swa has {int(swa.average.num_averaged)} models in its average at "
-            f"the end of epoch {tick - 1}, which is to be number {number + 1}: it was "
-            "applied twice for one epoch, or state.swa is of an earlier training; keep "
-            "the state that apply returns, and set swa=None to begin a new average"
+            f"state.swa has taken up {when.describe(last)} already, at the end of "
+            f"{when.describe(tick)}: it was applied twice for one, or state.swa is of "
+            f"an earlier training; apply once an {once}, keep the state that it "
+            "returns, and set swa=None to begin a new average"
+        )
+    _check_window(when, swa)
+
+
+def _or_else(first_tick: jax.Array, tick: int) -> jax.Array:
+    """The first tick, ``tick`` if there was none before."""
+    if is_traced(first_tick):
+        return jnp.where(first_tick == 0, tick, first_tick)
+    return first_tick if int(known(first_tick)) else jnp.int32(tick)
+
+
+def _check_window(when: Window, swa: RecipeState) -> None:
+    first = int(known(swa.first_tick))
+    if 0 < first < when.first:
+        raise ValueError(
+            f"state.swa averages from {when.describe(first)} on, but in a run of this "
+            f"length averaging starts with {when.describe(when.first)}: it is of "
+            "another run; set swa=None to begin a new average"
         )
 
 
-def _install(state: TrainingState) -> TrainingState:
-    """Makes the averaged weights the current ones."""
-    assert state.swa is not None
+@scalar_arithmetic()
+def _install(state: TrainingState, tick: int | None = None) -> TrainingState:
+    """Makes the averaged weights the current ones, if there are any."""
+    swa: RecipeState = state.swa  # type: ignore[assignment]
     return state._replace(
-        params=swa_params(state.swa, state.params),
-        swa=state.swa._replace(installed=jnp.ones([], bool)),
+        params=swa_params(swa, state.params),
+        swa=swa._replace(
+            installed=swa.average.num_averaged > 0,
+            last_tick=swa.last_tick if tick is None else jnp.int32(tick),
+        ),
     )
 
 
@@ -480,45 +590,50 @@ def _finish(
     batch_stats_fn: BatchStatsFn | None,
     train_batches: Callable[[], Iterable[PyTree]] | None,
 ) -> TrainingState:
-    assert state.swa is not None
-    if bool(state.swa.installed):
-        return state  # training went on from the average since
-    average: SWAState = state.swa.average
-    if not int(average.num_averaged):
+    swa: RecipeState = state.swa  # type: ignore[assignment]
+    if not int(known(swa.average.num_averaged)):
         warnings.warn(
             "SWA: training ended before any model was averaged; the weights stay as "
             "they are",
             stacklevel=3,
         )
         return state
-    batch_stats = state.batch_stats
-    state = _install(state)
+    trained, batch_stats = state.params, state.batch_stats
+    averaged = _install(state)
+    if bool(known(swa.installed)) and not _equal(averaged.params, trained):
+        return state  # training went on from the average since
     if not jax.tree.leaves(batch_stats):
-        return state
-    needed = {"batch_stats_fn": batch_stats_fn, "train_batches": train_batches}
-    for name, value in needed.items():
-        if not callable(value):
-            raise ValueError(
-                f"apply: {name} must be a function at TRAINING_END, got {value!r}: "
-                "the model has batch_stats, which do not fit the averaged weights; "
-                "pass batch_stats_fn=(params, batch_stats, batch) -> batch_stats and "
-                "train_batches=() -> the batches of one epoch"
-            )
-    assert batch_stats_fn is not None
-    assert train_batches is not None
-    return state._replace(
-        batch_stats=recompute_batch_stats(
-            batch_stats_fn, state.params, batch_stats, train_batches()
+        return averaged
+    if batch_stats_fn is None or train_batches is None:
+        missing = "batch_stats_fn" if batch_stats_fn is None else "train_batches"
+        raise ValueError(
+            f"apply: {missing} must be a function at TRAINING_END, got None: the model "
+            "has batch_stats, which do not fit the averaged weights; pass "
+            "batch_stats_fn=(params, batch_stats, batch) -> batch_stats and "
+            "train_batches=() -> the batches of one epoch"
         )
-    )
+    batches = train_batches()
+    if not isinstance(batches, Iterable) and callable(batches):
+        raise TypeError(
+            f"apply: train_batches must return batches, got {shown(batches)}, which is "
+            "a function; pass train_batches=() -> the batches of one epoch"
+        )
+    new = recompute_batch_stats(batch_stats_fn, averaged.params, batch_stats, batches)
+    return averaged._replace(batch_stats=new)
+
+
+@scalar_arithmetic()
+def _equal(tree: PyTree, other: PyTree) -> bool:
+    """Whether no weight has moved: not by a norm, in which small steps vanish."""
+    return bool(known(_equal_leaves(tree, other)))
 
 
 def _metrics(state: TrainingState) -> dict[str, float]:
     average: SWAState = state.swa.average  # type: ignore[union-attr]
     return {
-        "swa/num_averaged": float(average.num_averaged),
-        "swa/learning_rate": float(jnp.asarray(state.learning_rate)),
-        "swa/distance": float(_distance(average, state.params)),
+        "swa/num_averaged": float(known(average.num_averaged)),
+        "swa/learning_rate": float(known(state.learning_rate)),
+        "swa/distance": float(known(_distance(average, state.params))),
     }
 
 
@@ -531,7 +646,23 @@ def _distance(average: SWAState, params: PyTree) -> jax.Array:
 def _norm_of_difference(tree: PyTree, other: PyTree) -> jax.Array:
     """Euclidean distance over all floating leaves, in float32 or wider."""
     total = jnp.zeros([])
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            total += jnp.sum(jnp.abs(x - jnp.asarray(y, x.dtype)) ** 2)
+    for x, y in _floating_pairs(tree, other):
+        square = jnp.sum(jnp.abs(x - jnp.asarray(y, x.dtype)) ** 2)
+        total += jnp.asarray(square, total.dtype)
     return jnp.sqrt(total)
+
+
+@jax.jit
+def _equal_leaves(tree: PyTree, other: PyTree) -> jax.Array:
+    same = jnp.array(True)
+    for x, y in _floating_pairs(tree, other):
+        same &= jnp.all((x == y) | (jnp.isnan(x) & jnp.isnan(y)))
+    return same
+
+
+_finite = jax.jit(_all_finite)
+
+
+def _floating_pairs(tree: PyTree, other: PyTree) -> list[tuple[Any, Any]]:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return [(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)]
