@@ -8,10 +8,8 @@ sample and one anneal for the rate.
 """
 
 import dataclasses
-import enum
-import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,23 @@ import numpy as np
 import optax
 
 from swa_jax.averaging import SWAState, averaged_with, init_average
-from swa_jax.batch_stats import BatchStatsFn, PyTree, recompute_batch_stats
-from swa_jax.placement import beside, is_traced
+from swa_jax.batch_stats import BatchStatsFn
+from swa_jax.placement import PyTree, is_traced
+from swa_jax.recipe.ends import finish, install
+from swa_jax.recipe.metrics import finite, metrics
+from swa_jax.recipe.state import (
+    Event,
+    RecipeState,
+    TrainingState,
+    check_arguments,
+    check_carried,
+    check_functions,
+    check_new,
+    check_window,
+    current_tick,
+    first_or,
+    tick_event,
+)
 from swa_jax.scalars import check_count, check_rate, known, shown
 from swa_jax.schedules import (
     Strategy,
@@ -31,66 +44,9 @@ from swa_jax.schedules import (
     scalar_arithmetic,
 )
 from swa_jax.timing import Length, Window, parse_time, window
-from swa_jax.transform import _all_finite, swa, swa_params
+from swa_jax.transform import swa
 
 Logger = Callable[[dict[str, float]], object]
-
-
-class Event(enum.StrEnum):
-    """Moments of a training loop, in the order in which they come."""
-
-    TRAINING_START = "training_start"
-    EPOCH_START = "epoch_start"
-    BATCH_START = "batch_start"
-    BATCH_END = "batch_end"
-    EPOCH_END = "epoch_end"
-    TRAINING_END = "training_end"
-
-
-class RecipeState(NamedTuple):
-    """What ``SWA.apply`` carries from event to event: arrays only.
-
-    Attributes:
-      average: the average, an ``SWAState``.
-      initial_lr: float scalar, the learning rate that the anneal starts from: the one
-        at the first model taken up, 0 before.
-      first_tick: int32 scalar, the tick (see ``timing``) of that model, 0 before.
-      last_tick: int32 scalar, the latest tick taken up, 0 before.
-      installed: bool scalar, whether training went on from the average (``swa_end``),
-        or ended with it.
-    """
-
-    average: SWAState
-    initial_lr: jax.Array  # float32 (float64 with 64-bit types), shape ()
-    first_tick: jax.Array  # int32, shape ()
-    last_tick: jax.Array  # int32, shape ()
-    installed: jax.Array  # bool, shape ()
-
-
-class TrainingState(NamedTuple):
-    """What a training loop shows to ``SWA.match`` and ``SWA.apply``.
-
-    Attributes:
-      epoch: int, the current epoch, counted from 0: ``num_epochs - 1`` in the last.
-      num_epochs: int, the epochs of the whole run.
-      params: pytree of arrays, the weights.
-      batch_stats: pytree of arrays, running statistics of normalisation; empty (``{}``
-        or ``None``) for a model that has none.
-      learning_rate: float scalar, the rate that the optimizer uses now.
-      swa: pytree, the method's own state; ``None`` before ``TRAINING_START``.
-      num_updates: int, optimizer updates made so far in all epochs. Needed where
-        models are averaged every so many batches.
-      steps_per_epoch: int, batches in an epoch. Needed for times given in batches.
-    """
-
-    epoch: int
-    num_epochs: int
-    params: PyTree
-    batch_stats: PyTree
-    learning_rate: jax.typing.ArrayLike
-    swa: RecipeState | None = None
-    num_updates: int | None = None
-    steps_per_epoch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,15 +237,15 @@ class SWA:
           TypeError: arguments in another order, a ``state`` that is no
             ``TrainingState``, or a number in it that is no integer.
         """
-        event = _check_arguments(event, state)
+        event = check_arguments(event, state)
         when = self._window(Length.of(state.num_epochs, state.steps_per_epoch))
         if event in (Event.TRAINING_START, Event.TRAINING_END):
             return True
         if when.unit == "ep":
-            _tick(when, state)  # a wrong epoch is found as early as may be
-        if event is not _tick_event(when):
+            current_tick(when, state)  # a wrong epoch is found as early as may be
+        if event is not tick_event(when):
             return False
-        tick = _tick(when, state)
+        tick = current_tick(when, state)
         return when.samples(tick) or when.ends_early(tick)
 
     def apply(
@@ -338,15 +294,15 @@ class SWA:
           TypeError: ``state.swa`` is not what ``apply`` returned, the learning rate is
             no number, or what should be a function is none; see also ``match``.
         """
-        event = _check_arguments(event, state)
-        _check_functions(
+        event = check_arguments(event, state)
+        check_functions(
             logger=logger, batch_stats_fn=batch_stats_fn, train_batches=train_batches
         )
         if callable(state.learning_rate):  # else it is looked at when it is needed
             check_rate("state.learning_rate", state.learning_rate)
         if not self.match(event, state):
             return state
-        _check_carried(state.swa)
+        check_carried(state.swa)
         length = Length.of(state.num_epochs, state.steps_per_epoch)
         if event is Event.TRAINING_START:
             return self._start(state, length)
@@ -356,15 +312,15 @@ class SWA:
                 "Event.TRAINING_START; apply that first, and keep the state it returns"
             )
         if event is Event.TRAINING_END:
-            return _finish(state, batch_stats_fn, train_batches)
+            return finish(state, batch_stats_fn, train_batches)
         when = self._window(length)
-        tick = _tick(when, state)
-        _check_new(when, tick, state.swa)
+        tick = current_tick(when, state)
+        check_new(when, tick, state.swa)
         if when.samples(tick):
             state = self._average(state, length, tick)
             if logger is not None:
-                logger(_metrics(state))
-        return _install(state, tick) if when.ends_early(tick) else state
+                logger(metrics(state))
+        return install(state, tick) if when.ends_early(tick) else state
 
     @scalar_arithmetic()
     def _start(self, state: TrainingState, length: Length) -> TrainingState:
@@ -379,7 +335,7 @@ class SWA:
                 installed=jnp.zeros([], bool),
             )
             return state._replace(swa=new)
-        _check_window(when, state.swa)
+        check_window(when, state.swa)
         if not int(known(state.swa.first_tick)):
             return state
         # The rate is the method's by now, and may not have been saved with it.
@@ -402,7 +358,7 @@ class SWA:
         after = RecipeState(
             average=self._averaged(before.average, state.params),
             initial_lr=lr0,
-            first_tick=_or_else(before.first_tick, tick),
+            first_tick=first_or(before.first_tick, tick),
             last_tick=jnp.int32(tick),
             installed=before.installed,
         )
@@ -412,7 +368,7 @@ class SWA:
         )
 
     def _averaged(self, average: SWAState, params: PyTree) -> SWAState:
-        if self.skip_nonfinite and not bool(known(_finite(params))):
+        if self.skip_nonfinite and not bool(known(finite(params))):
             return average
         return averaged_with(average, params)
 
@@ -463,206 +419,8 @@ _NO_TRANSFORMATION = (
 )
 
 
-def _check_arguments(event: Any, state: Any) -> Event:
-    missing = [name for name in TrainingState._fields if not hasattr(state, name)]
-    if missing:
-        swapped = isinstance(event, TrainingState)
-        fix = "the event comes first: match(event, state), apply(event, state)"
-        raise TypeError(
-            f"state must be a swa_jax.TrainingState, got {shown(state)}; "
-            + (fix if swapped else f"it lacks {', '.join(missing)}")
-        )
-    try:
-        return Event(event)
-    except ValueError:
-        names = ", ".join(e.name for e in Event)
-        raise ValueError(
-            f"event must be a swa_jax.Event ({names}), or its value, such as "
-            f"'epoch_end', got {shown(event)}"
-        ) from None
-
-
-def _check_functions(**functions: Any) -> None:
-    for name, value in functions.items():
-        if value is not None and not callable(value):
-            fix = f"; pass {name}=lambda: ..." if name == "train_batches" else ""
-            raise TypeError(
-                f"apply: {name} must be a function or None, got {shown(value)}{fix}"
-            )
-
-
 def _known_length(num_epochs: Any, steps_per_epoch: Any) -> Length:
     check_count("steps_per_epoch", steps_per_epoch)  # None is not enough here
     length = Length.of(num_epochs, steps_per_epoch)
     length.updates()
     return length
-
-
-def _tick_event(when: Window) -> Event:
-    return Event.EPOCH_END if when.unit == "ep" else Event.BATCH_END
-
-
-def _tick(when: Window, state: TrainingState) -> int:
-    """The tick that has just come."""
-    if when.unit == "ep":
-        epoch = check_count("state.epoch", state.epoch, at_least=0)
-        if epoch >= state.num_epochs:
-            raise ValueError(
-                f"state.epoch must be below num_epochs={state.num_epochs}, got "
-                f"{epoch}; epochs count from 0"
-            )
-        return epoch + 1
-    if state.num_updates is None:
-        raise ValueError(
-            "state.num_updates is needed to average every so many batches, got None; "
-            "set it to the optimizer updates made so far, this batch's included"
-        )
-    updates = check_count("state.num_updates", state.num_updates)
-    if updates > when.total:
-        raise ValueError(
-            f"state.num_updates must be at most num_epochs * steps_per_epoch = "
-            f"{when.total}, got {updates}"
-        )
-    return updates
-
-
-def _check_carried(swa: Any) -> None:
-    found, kept = swa, isinstance(swa, RecipeState)
-    if kept and not isinstance(swa.average, SWAState):
-        found, kept = swa.average, False  # restored down to there alone
-    if swa is not None and not kept:
-        raise TypeError(
-            f"state.swa must be what apply put there, got {type(found).__name__}; "
-            "restore it into the structure that TRAINING_START creates, or set it to "
-            "None to begin a new average"
-        )
-
-
-def _check_new(when: Window, tick: int, swa: RecipeState) -> None:
-    """Raises if this tick was taken up before, or the average is of another window."""
-    if is_traced(swa.last_tick):
-        return
-    # From the host, both: nothing that the device computes is waited for.
-    last = int(known(swa.last_tick))
-    if tick <= last:
-        once = "epoch" if when.unit == "ep" else "optimizer update"
-        raise ValueError(
-            f"state.swa has taken up {when.describe(last)} already, at the end of "
-            f"{when.describe(tick)}: it was applied twice for one, or state.swa is of "
-            f"an earlier training; apply once an {once}, keep the state that it "
-            "returns, and set swa=None to begin a new average"
-        )
-    _check_window(when, swa)
-
-
-def _or_else(first_tick: jax.Array, tick: int) -> jax.Array:
-    """The first tick, ``tick`` if there was none before."""
-    if is_traced(first_tick):
-        return jnp.where(first_tick == 0, tick, first_tick)
-    return first_tick if int(known(first_tick)) else jnp.int32(tick)
-
-
-def _check_window(when: Window, swa: RecipeState) -> None:
-    first = int(known(swa.first_tick))
-    if 0 < first < when.first:
-        raise ValueError(
-            f"state.swa averages from {when.describe(first)} on, but in a run of this "
-            f"length averaging starts with {when.describe(when.first)}: it is of "
-            "another run; set swa=None to begin a new average"
-        )
-
-
-@scalar_arithmetic()
-def _install(state: TrainingState, tick: int | None = None) -> TrainingState:
-    """Makes the averaged weights the current ones, if there are any."""
-    swa: RecipeState = state.swa  # type: ignore[assignment]
-    return state._replace(
-        params=swa_params(swa, state.params),
-        swa=swa._replace(
-            installed=swa.average.num_averaged > 0,
-            last_tick=swa.last_tick if tick is None else jnp.int32(tick),
-        ),
-    )
-
-
-def _finish(
-    state: TrainingState,
-    batch_stats_fn: BatchStatsFn | None,
-    train_batches: Callable[[], Iterable[PyTree]] | None,
-) -> TrainingState:
-    swa: RecipeState = state.swa  # type: ignore[assignment]
-    if not int(known(swa.average.num_averaged)):
-        warnings.warn(
-            "SWA: training ended before any model was averaged; the weights stay as "
-            "they are",
-            stacklevel=3,
-        )
-        return state
-    trained, batch_stats = state.params, state.batch_stats
-    averaged = _install(state)
-    if bool(known(swa.installed)) and not _equal(averaged.params, trained):
-        return state  # training went on from the average since
-    if not jax.tree.leaves(batch_stats):
-        return averaged
-    if batch_stats_fn is None or train_batches is None:
-        missing = "batch_stats_fn" if batch_stats_fn is None else "train_batches"
-        raise ValueError(
-            f"apply: {missing} must be a function at TRAINING_END, got None: the model "
-            "has batch_stats, which do not fit the averaged weights; pass "
-            "batch_stats_fn=(params, batch_stats, batch) -> batch_stats and "
-            "train_batches=() -> the batches of one epoch"
-        )
-    batches = train_batches()
-    if not isinstance(batches, Iterable) and callable(batches):
-        raise TypeError(
-            f"apply: train_batches must return batches, got {shown(batches)}, which is "
-            "a function; pass train_batches=() -> the batches of one epoch"
-        )
-    new = recompute_batch_stats(batch_stats_fn, averaged.params, batch_stats, batches)
-    return averaged._replace(batch_stats=new)
-
-
-@scalar_arithmetic()
-def _equal(tree: PyTree, other: PyTree) -> bool:
-    """Whether no weight has moved: not by a norm, in which small steps vanish."""
-    return bool(known(_equal_leaves(tree, other)))
-
-
-def _metrics(state: TrainingState) -> dict[str, float]:
-    average: SWAState = state.swa.average  # type: ignore[union-attr]
-    return {
-        "swa/num_averaged": float(known(average.num_averaged)),
-        "swa/learning_rate": float(known(state.learning_rate)),
-        "swa/distance": float(known(_distance(average, state.params))),
-    }
-
-
-def _distance(average: SWAState, params: PyTree) -> jax.Array:
-    # Where the weights are: the mean may be spread, or in host memory.
-    return _norm_of_difference(jax.tree.map(beside, average.avg_params, params), params)
-
-
-@jax.jit
-def _norm_of_difference(tree: PyTree, other: PyTree) -> jax.Array:
-    """Euclidean distance over all floating leaves, in float32 or wider."""
-    total = jnp.zeros([])
-    for x, y in _floating_pairs(tree, other):
-        square = jnp.sum(jnp.abs(x - jnp.asarray(y, x.dtype)) ** 2)
-        total += jnp.asarray(square, total.dtype)
-    return jnp.sqrt(total)
-
-
-@jax.jit
-def _equal_leaves(tree: PyTree, other: PyTree) -> jax.Array:
-    same = jnp.array(True)
-    for x, y in _floating_pairs(tree, other):
-        same &= jnp.all((x == y) | (jnp.isnan(x) & jnp.isnan(y)))
-    return same
-
-
-_finite = jax.jit(_all_finite)
-
-
-def _floating_pairs(tree: PyTree, other: PyTree) -> list[tuple[Any, Any]]:
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
-    return [(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)]
