@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from swa_jax.batch_stats import BatchStatsFn, recompute_batch_stats
-from swa_jax.placement import PyTree
+from swa_jax.placement import PyTree, is_traced
 from swa_jax.recipe.metrics import equal
 from swa_jax.recipe.state import RecipeState, TrainingState
 from swa_jax.scalars import known, shown
@@ -19,12 +19,14 @@ from swa_jax.transform import swa_params
 def install(state: TrainingState, tick: int | None = None) -> TrainingState:
     """Makes the averaged weights the current ones, if there are any."""
     swa: RecipeState = state.swa  # type: ignore[assignment]
+    if tick is not None:
+        swa = swa._replace(last_tick=jnp.int32(tick))
+    some = swa.average.num_averaged
+    if not is_traced(some) and not int(known(some)):
+        return state._replace(swa=swa)
     return state._replace(
         params=swa_params(swa, state.params),
-        swa=swa._replace(
-            installed=jnp.asarray(swa.average.num_averaged) > 0,
-            last_tick=swa.last_tick if tick is None else jnp.int32(tick),
-        ),
+        swa=swa._replace(installed=jnp.asarray(some) > 0),
     )
 
 
