@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from swa_jax._reading import swa_params
 from swa_jax.averaging import SWAState, averaged_with, init_average
 from swa_jax.batch_stats import BatchStatsFn, PyTree, recompute_batch_stats
 from swa_jax.placement import beside, is_traced
@@ -30,7 +31,7 @@ from swa_jax.schedules import (
     swa_schedule,
 )
 from swa_jax.timing import Length, Window, check_count, parse_time, window
-from swa_jax.transform import swa, swa_params
+from swa_jax.transform import swa
 
 Logger = Callable[[dict[str, float]], object]
 
