@@ -1,7 +1,8 @@
 """Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
 
+from swa_jax._finding import swa_state as swa_state
 from swa_jax._reading import swa_params as swa_params
-from swa_jax._reading import swa_state as swa_state
+from swa_jax._reading import with_num_updates as with_num_updates
 from swa_jax.averaging import SWAState as SWAState
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
@@ -32,4 +33,5 @@ __all__ = [
     "swa_schedule",
     "swa_state",
     "update_average",
+    "with_num_updates",
 ]
