@@ -59,6 +59,7 @@ def swa_state(opt_state: PyTree) -> SWAState:
 
 
 def holds_average(tree: PyTree) -> bool:
+    """Whether there is any ``SWAState`` in ``tree``."""
     return any(map(is_swa_state, jax.tree.leaves(tree, is_leaf=is_swa_state)))
 
 
@@ -100,8 +101,8 @@ def _check_last(node: Any, path: Any, children: list[tuple[Any, Any]]) -> None:
                 "that swa() has seen, and the average is not of the weights that were "
                 "trained. Fix: put swa() last (only another swa() may follow: no other "
                 "state tells whether its link changes updates, not even that of "
-                "optax.identity). If "
-                f"the tuple is your own, as of several optimizers, pass {part}"
+                "optax.identity). If the tuple is your own, as of several optimizers, "
+                f"pass {part}"
             )
         if holds_average(child):
             part = part or _name(key)
