@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from swa_jax._reading import swa_params
 from swa_jax.averaging import SWAState, averaged_with, init_average
 from swa_jax.batch_stats import BatchStatsFn
 from swa_jax.placement import PyTree, is_traced
