@@ -158,7 +158,7 @@ class Case:
 
         jax.tree.map(check, average, self.expected(history), *history)
 
-    def assert_run(self, opt_state, params, history: list) -> None:
+    def assert_run(self, params, opt_state, history: list) -> None:
         """Checks the counters and the average of a run."""
         counters = self.state(opt_state)[:2]
         expected = (len(history), len(self.sampled(len(history))))
