@@ -12,7 +12,7 @@ from swa_jax.recipe.metrics import equal
 from swa_jax.recipe.state import RecipeState, TrainingState
 from swa_jax.scalars import known, shown
 from swa_jax.schedules import scalar_arithmetic
-from swa_jax.transform import swa_params
+from swa_jax._reading import swa_params
 
 
 @scalar_arithmetic()
