@@ -423,10 +423,6 @@ REWRITING = {
 
 @every_method
 @pytest.mark.parametrize("wrapper", REWRITING)
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="averages weights that never were: a mistake as in chain(swa(), sgd())",
-)
 def test_inside_a_wrapper_that_rewrites_the_updates(case, wrapper):
     tx = REWRITING[wrapper](optax.chain(optax.sgd(0.5), case.make()))
     if wrapper == "lookahead":
