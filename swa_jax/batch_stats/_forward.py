@@ -72,11 +72,13 @@ class Program(NamedTuple):
         leaves of ``batch_stats``, for each moved one positive values of its statistics'
         own size, and the weight of the batch. Under ``pmap`` if there is an axis.
       unmapped: ``run`` without ``jit`` or ``pmap``.
+      seen: what ``look_at`` and ``is_merged`` found, for the next call.
     """
 
     model: Callable[..., PyTree]
     run: Callable[..., Outputs]
     unmapped: Callable[..., Outputs]
+    seen: dict[Any, Any]
 
 
 _programs: weakref.WeakKeyDictionary[Any, dict[str | None, Program]] = (
@@ -104,9 +106,9 @@ def _make_program(find: Callable[[], Any], axis_name: str | None) -> Program:
     model = jax.jit(batch_stats_fn)
     run = functools.partial(_run, model, axis_name)
     if axis_name is None:
-        return Program(model, jax.jit(run, static_argnums=0), run)
+        return Program(model, jax.jit(run, static_argnums=0), run, {})
     mapped = jax.pmap(run, axis_name=axis_name, static_broadcasted_argnums=0)
-    return Program(model, mapped, run)
+    return Program(model, mapped, run, {})
 
 
 def _run(
@@ -195,6 +197,22 @@ class Look(NamedTuple):
     handed_through: set[int]
 
 
+def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a finding with the program, for arguments of the same types."""
+
+    @functools.wraps(find)
+    def once(program: Program, static: Any, *arguments: PyTree) -> Any:
+        leaves, treedef = jax.tree.flatten(arguments)
+        types = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+        key = find, static, treedef, types
+        if key not in program.seen:
+            program.seen[key] = find(program, static, *arguments)
+        return program.seen[key]
+
+    return once
+
+
+@_remembered
 def look_at(program: Program, axis: tuple[str, int] | None, *arguments: PyTree) -> Look:
     """Traces the model on ``params, batch_stats, batch``."""
     trace = jax.make_jaxpr(program.model, axis_env=axis and [axis], return_shape=True)
@@ -227,16 +245,17 @@ def _source(jaxpr: Any, var: Any) -> int | None:
     return None
 
 
+@_remembered
 def is_merged(
     program: Program,
-    axis: tuple[str, int] | None,
-    layout: Layout,
+    static: tuple[tuple[str, int] | None, Layout],
     *arguments: PyTree,
 ) -> bool:
     """Whether all old values together take one forward pass, within a tenth.
 
     Counted in elements computed; a model that cannot be batched at all is not merged.
     """
+    axis, layout = static
     count = {}
     for full in (True, False):
         run = functools.partial(program.unmapped, layout._replace(full=full))

@@ -383,7 +383,7 @@ class _Pass:
         self._resize(layout)
         shapes = map(self._shapes, (self.params, self.leaves, self.device_sizes))
         arguments = *shapes, self._weight(np.ones(1), mapped=False), self._shapes(batch)
-        merged = forward.is_merged(self.program, self.axis, layout, *arguments)
+        merged = forward.is_merged(self.program, (self.axis, layout), *arguments)
         self.layout = layout._replace(merged=merged)
 
     def _resize(self, layout: Layout) -> None:
@@ -568,10 +568,10 @@ class _Pass:
 
 
 def _sizes(values: np.ndarray) -> np.ndarray:
-    """Magnitudes, the largest over the leading axis; where there are none, another."""
+    """Magnitudes, the largest over the leading axis, none much below the others."""
     size = np.max(np.abs(values), 0)
-    known = size[np.isfinite(size) & (size > 0)]
-    return np.where(np.isfinite(size) & (size > 0), size, known.max(initial=0) or 1.0)
+    largest = size.max(where=np.isfinite(size), initial=0) or 1.0
+    return np.clip(np.where(np.isfinite(size), size, largest), largest / 16, None)
 
 
 def _far(*dtypes: Any) -> float:

@@ -26,7 +26,7 @@ import numpy as np
 #: Old values that the model is run from; the coded ones follow.
 ZERO, FAR, OWN, CODED = 0, 1, 2, 3
 #: Roundings, in units of the dtype's epsilon, that a computed line may be off.
-_ROUNDINGS = 16
+ROUNDINGS = 16
 #: How many numbers of a family may lie as close to ``a`` by chance.
 _CHANCE = 0.1
 
@@ -83,7 +83,7 @@ def read_momenta(
     with np.errstate(invalid="ignore", over="ignore"):
         slope = (far - zero) / start
         low, high = at.least(slope), at.largest(slope)
-        constant = high - low <= _ROUNDINGS * eps
+        constant = high - low <= ROUNDINGS * eps
     old = high.copy()
     # The batch's term rounds away first where it is smallest.
     for leaf in np.flatnonzero(low != high):
@@ -92,7 +92,7 @@ def read_momenta(
     adds = (high >= 1) & (at.largest(np.abs(zero)) > 0)
     return Momenta(
         old=np.clip(old, 0.0, 1.0),
-        constant=constant & (low >= -_ROUNDINGS * eps) & (high <= 1) & ~adds,
+        constant=constant & (low >= -ROUNDINGS * eps) & (high <= 1) & ~adds,
         idle=at.least((far == start) & (zero == 0)),
     )
 
@@ -123,7 +123,7 @@ def check_rows(
     with np.errstate(invalid="ignore", over="ignore"):
         off = np.abs(out - zero - at.spread(momenta.old) * rows)
         size = np.abs(out) + np.abs(zero) + np.abs(rows)
-        line = _ROUNDINGS * at.spread(eps) * size
+        line = ROUNDINGS * at.spread(eps) * size
     # Next to a batch's term alone much less is seen than next to an old value: this is
     # what tells a layer of momentum 0.9999 that follows another from one that does not.
     noise = 2 * np.minimum(eps, np.finfo(np.float32).eps) * at.largest(np.abs(zero))

@@ -291,7 +291,7 @@ def test_inside_masked(case):
     tx = freeze(optax.chain(optax.sgd(0.1), case.make()))
     params, opt_state, history = train(tx, start)
     average = case.read(opt_state, params)
-    assert average["encoder"]["w"] is params["encoder"]["w"]
+    assert bits(average["encoder"]["w"]) == bits(params["encoder"]["w"])
     assert bits(params["encoder"]["w"]) == bits(start["encoder"]["w"])
     case.assert_average(trained_part(average), list(map(trained_part, history)))
     # The state holds nothing of the frozen weight's shape.
@@ -331,7 +331,7 @@ def test_inside_one_group_of_a_partition(case):
     tx = partition({"slow": optax.sgd(0.01), "fast": fast})
     params, opt_state, history = train(tx, model())
     average = case.read(opt_state, params)
-    assert average["encoder"]["w"] is params["encoder"]["w"]
+    assert bits(average["encoder"]["w"]) == bits(params["encoder"]["w"])
     case.assert_average(average["head"], [models["head"] for models in history])
 
 
