@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 
 def to_device(tree: Any) -> Any:
@@ -38,12 +37,9 @@ def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
 
 def placed_like(value: np.ndarray, like: Any) -> jax.Array:
     """``value`` on the devices of ``like``, which has its shape."""
-    sharding = getattr(like, "sharding", None)
-    if sharding is None or (
-        isinstance(sharding, SingleDeviceSharding)
-        and sharding.device_set == {jax.devices()[0]}
-    ):
-        return jax.device_put(value)  # without being tied to the device
+    if not (isinstance(like, jax.Array) and like.committed):
+        return jax.device_put(value)  # free to go where the others are
+    sharding = like.sharding
     if not sharding.is_fully_addressable:
         return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
     return jax.device_put(value, sharding)
