@@ -402,7 +402,8 @@ class _Pass:
         value = values.reshape(self.shape(leaf)).astype(dtype)
         if self.devices:
             value = np.broadcast_to(value, (self.devices, *value.shape))
-        return placed_like(value, self.given[leaf])
+        run = self.last and next(iter(self.last.outputs.moved), None)
+        return placed_like(value, self.given[leaf], run)
 
     def _weight(self, weights: np.ndarray, *, mapped: bool) -> jax.Array | None:
         if self.axis is None:

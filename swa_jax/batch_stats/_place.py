@@ -35,11 +35,19 @@ def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
     return jax.device_get([whole(x) for x in arrays])
 
 
-def placed_like(value: np.ndarray, like: Any) -> jax.Array:
-    """``value`` on the devices of ``like``, which has its shape."""
-    if not (isinstance(like, jax.Array) and like.committed):
-        return jax.device_put(value)  # free to go where the others are
-    sharding = like.sharding
+def placed_like(value: np.ndarray, like: Any, run: jax.Array | None) -> jax.Array:
+    """``value`` on the devices of ``like``, which has its shape.
+
+    Where ``like`` is free to go where others are, the value is free as well; or, as on
+    several processes, wherever ``run`` is replicated to, which no process holds alone.
+    """
+    sharding = None
+    if isinstance(like, jax.Array) and like.committed:
+        sharding = like.sharding
+    elif run is not None and not run.is_fully_addressable and run.is_fully_replicated:
+        sharding = run.sharding
+    if sharding is None:
+        return jax.device_put(value)
     if not sharding.is_fully_addressable:
         return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
     return jax.device_put(value, sharding)
