@@ -1,6 +1,8 @@
 """Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
 
+from swa_jax.averaging import CompensatedSWAState as CompensatedSWAState
 from swa_jax.averaging import SWAState as SWAState
+from swa_jax.averaging import averaged_with as averaged_with
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
@@ -19,9 +21,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SWA",
+    "CompensatedSWAState",
     "Event",
     "SWAState",
     "TrainingState",
+    "averaged_with",
     "cosine_to_constant_schedule",
     "cyclic_schedule",
     "init_average",

@@ -156,6 +156,11 @@ def beside(x: jax.Array, other: Any) -> jax.Array:
     return x
 
 
+def on_device(x: Any) -> jax.Array:
+    """A JAX array, for which a NumPy array or a number is moved explicitly."""
+    return x if isinstance(x, jax.Array) else jax.device_put(x)
+
+
 def is_traced(x: Any) -> bool:
     """Whether ``x`` is a value inside a trace."""
     return isinstance(x, jax.core.Tracer)

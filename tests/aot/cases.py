@@ -181,7 +181,9 @@ def compile_update(
         state = state._replace(avg_params=mean)
         targets = tuple(x.sharding for x in jax.tree.leaves(mean))
     # Not through the public name: jitted around it, it would be our donation, not its.
-    compiled = averaging._update_in_place.lower(state, params, targets).compile()
+    compiled = averaging._update_in_place.lower(
+        state, params, targets, None, False
+    ).compile()
     return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
 
 
