@@ -60,7 +60,11 @@ def leaf_dtype(leaf: Any) -> Any:
     if hasattr(leaf, "__jax_array__"):
         return jnp.asarray(leaf).dtype
     # Without making the array, which would move it to a device.
-    return jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
+    dtype = np.asarray(leaf).dtype
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.float0)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise TypeError(f"no array has the dtype {dtype}")
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def leaf_dtypes(params: PyTree, *, caller: str, name: str = "params") -> list[Any]:
@@ -82,6 +86,11 @@ def leaf_dtypes(params: PyTree, *, caller: str, name: str = "params") -> list[An
             ) from None
 
     return [of(path, leaf) for path, leaf in _flatten_with_path(params)]
+
+
+def is_averaged(dtype: Any) -> bool:
+    """Whether leaves of ``dtype`` are averaged; others carry their latest value."""
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def mean_dtype(dtype: Any, accumulator_dtype: Any) -> Any:

@@ -16,29 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax.averaging import (
-    State,
-    SWAState,
-    accumulate,
-    all_finite,
-    check_state,
-    init_average,
-    with_num_updates,
-)
+from swa_jax.accumulation import accumulate, all_finite
+from swa_jax.averaging import init_average
 from swa_jax.checks import (
     check_accumulator_dtype,
     check_params,
     leaf_dtype,
+    leaf_dtypes,
     mean_dtype,
 )
 from swa_jax.placement import (
     Placement,
     PyTree,
     beside,
+    follow,
     is_traced,
     on_device,
     resolve,
 )
+from swa_jax.state import State, SWAState, check_state, with_counters
 
 _MAX_STEP = np.iinfo(np.int32).max
 
@@ -151,10 +147,11 @@ def swa(
         new_params = _apply_updates(params, updates)
         t, sample = _clock(state.num_updates, start_step, period, stop_step)
         if skip_nonfinite:
-            sample &= all_finite(new_params)
+            finite = all_finite(new_params)
+            sample = follow(sample, finite) & finite
         targets = resolve(sharding, state.avg_params)
         new = accumulate(state, new_params, targets=targets, sample=sample)
-        return updates, with_num_updates(new, t)
+        return updates, with_counters(new, t, new.num_averaged)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -203,19 +200,18 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """``optax.apply_updates``, passing on leaves that no gradient step changes."""
 
     def apply(path: Any, param: Any, update: Any) -> Any:
-        param, update = on_device(param), jax.tree.map(on_device, update)
         no_gradient = jax.tree.leaves(update) == [] or (
             leaf_dtype(update) == jax.dtypes.float0
         )
         if no_gradient or jnp.issubdtype(leaf_dtype(param), jax.dtypes.extended):
-            return param
+            return on_device(param)
         if np.shape(update) != np.shape(param):
             raise ValueError(
                 f"swa: updates{jax.tree_util.keystr(path)} has shape "
                 f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
                 "be the same. Fix: pass the updates and the params of one model"
             )
-        new = optax.apply_updates(param, update)
+        new = optax.apply_updates(on_device(param), on_device(update))
         # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
         # float32, and keep a copy of the old weights for it. The barrier makes the mean
         # read what is stored. Wider weights are stored as computed.
@@ -224,6 +220,7 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         )
         return jax.lax.optimization_barrier(new) if narrow else new
 
+    leaf_dtypes(updates, caller="swa", name="updates")
     try:
         return jax.tree_util.tree_map_with_path(apply, params, updates)
     except ValueError as error:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import swa_jax
-from swa_jax import averaging
+from swa_jax import accumulation, averaging
 
 from ..compiled import Report
 from . import defects
@@ -189,7 +189,7 @@ def compile_update(
 
 def compile_rush(devices: Devices) -> Report:
     """``update_average`` in host memory, whose leaves do not wait for each other."""
-    with mock.patch.object(averaging, "_IN_FLIGHT", len(TAIL)):
+    with mock.patch.object(accumulation, "_IN_FLIGHT", len(TAIL)):
         return compile_update(
             devices, "replicated", memory_kind="pinned_host", shapes=TAIL
         )
