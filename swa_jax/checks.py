@@ -38,8 +38,8 @@ def check_sample(sample: Any, *, caller: str) -> Any:
         return None
     if not isinstance(sample, bool | np.bool_ | np.ndarray | jax.Array):
         found = f"a {type(sample).__name__}"
-    elif np.result_type(sample) != np.bool_:
-        found = f"an array of {np.result_type(sample)}"
+    elif (dtype := getattr(sample, "dtype", np.dtype(bool))) != np.bool_:
+        found = f"an array of {dtype}"
     elif np.shape(sample) != ():
         raise ValueError(
             f"{caller}: sample must be a scalar, got shape {np.shape(sample)}; it "

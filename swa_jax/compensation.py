@@ -6,7 +6,7 @@ kept as ``mean + low``, where ``mean`` is what readers see and ``low`` is below 
 place. A step ``s = (q - mean) / n`` enters as
 
     b + e  = mean + s            exactly (Knuth's two-sum),
-    low   <- e + low - G j       with j = round((e + low) / G),
+    low   <- e + low - G j       with j = floor((e + low) / G + 1/2),
     mean  <- b + G j.
 
 ``G``, a power of two, is the spacing of floating point numbers at ``b``. (That ``s``
@@ -18,11 +18,11 @@ written first is missing for the other, and a compiler without fusions of severa
 results, such as XLA's for CPUs, then copies the whole average. But here ``mean`` can
 be had from the *new* ``low``: since
 
-    (e - low_new) / G  =  j - low_old / G    and    |low_old| < G / 2,
+    (e - low_new) / G  =  j - low_old / G    and    -G/2 <= low_old < G/2,
 
-the left side, rounded, is j. Hence ``low`` is written first, in place, then ``mean``,
-in place. The inequality fails where ``G`` has just halved, as ``mean`` fell below a
-power of two; there ``low`` uses ``2 G``, and says so in its own lowest bit.
+the left side, less 1/2 and rounded up, is j. Hence ``low`` is written first, in place,
+then ``mean``, in place. The inequality fails where ``G`` has just halved, as ``mean``
+fell below a power of two; there ``2 G`` is used, and the lowest bit of ``low`` says so.
 """
 
 from collections.abc import Callable
@@ -60,22 +60,24 @@ def next_pair(
 
     def write_low(mean: jax.Array, low: jax.Array, new: jax.Array) -> jax.Array:
         b, e, spacing = _step(mean, new, divisor, dtype)
-        doubled = jnp.abs(low) >= spacing / 2
+        doubled = (low < -spacing / 2) | (low >= spacing / 2)
         spacing = jnp.where(doubled, 2 * spacing, spacing)
         b, e = _onto(spacing, b, e)
         left = e + low
-        left = left - spacing * jnp.round(left / spacing)
-        return jnp.where(first, 0, _with_flag(left, doubled))
+        left = left - spacing * jnp.floor(left / spacing + 0.5)
+        left = jnp.where(first, 0, left)
+        return _with_flag(left, doubled & ~first)
 
     def write_mean(mean: jax.Array, low: jax.Array, new: jax.Array) -> jax.Array:
         b, e, spacing = _step(mean, new, divisor, dtype)
         spacing = jnp.where(_flag(low), 2 * spacing, spacing)
         b, e = _onto(spacing, b, e)
-        return jnp.where(first, new, b + spacing * jnp.round((e - low) / spacing))
+        steps = jnp.ceil((e - low) / spacing - 0.5)
+        return jnp.where(first, new, b + spacing * steps)
 
     new_low = _by_parts(write_low, wide, low, new)
     new_low = new_low if sample is None else jnp.where(sample, new_low, low)
-    # Else XLA would compute both words from intermediate results that it stores.
+    # Else XLA would compute both words from intermediate results, which it stores.
     new_low, mean = jax.lax.optimization_barrier((new_low, mean))
     new_mean = _by_parts(write_mean, mean.astype(low.dtype), new_low, new)
     new_mean = new_mean.astype(mean.dtype)
@@ -115,8 +117,10 @@ def _onto(spacing: jax.Array, b: jax.Array, e: jax.Array) -> tuple[Any, Any]:
 
 
 def _with_flag(x: jax.Array, flag: jax.Array) -> jax.Array:
-    bits = _bits(x)
-    return _floats(bits >> 1 << 1 | flag.astype(bits.dtype), x.dtype)
+    # A choice between two arrays: XLA for CPUs, which drops barriers before it fuses,
+    # would compute a function of one array a second time for the mean.
+    cleared = _bits(x) >> 1 << 1
+    return jnp.where(flag, _floats(cleared | 1, x.dtype), _floats(cleared, x.dtype))
 
 
 def _flag(x: jax.Array) -> jax.Array:
