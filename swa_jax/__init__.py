@@ -3,7 +3,9 @@
 from swa_jax._finding import swa_state as swa_state
 from swa_jax._reading import swa_params as swa_params
 from swa_jax._reading import with_num_updates as with_num_updates
+from swa_jax.averaging import CompensatedSWAState as CompensatedSWAState
 from swa_jax.averaging import SWAState as SWAState
+from swa_jax.averaging import averaged_with as averaged_with
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SWA",
+    "CompensatedSWAState",
     "Event",
     "NonFiniteError",
     "SWAState",
     "TrainingState",
+    "averaged_with",
     "cosine_to_constant_schedule",
     "cyclic_schedule",
     "init_average",

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from swa_jax.averaging import SWAState
+from swa_jax.averaging import CompensatedSWAState, SWAState
 from swa_jax.placement import PyTree
 
 #: States of optax.chain and named_chain: one a link, in order.
@@ -118,7 +118,7 @@ def _only_averages(node: Any) -> bool:
     if type(node) in _CHAINS:
         links = list(node.values()) if isinstance(node, dict) else node
         return bool(links) and all(map(_only_averages, links))
-    return is_swa_state(node)
+    return is_swa_state(node) or isinstance(node, CompensatedSWAState)
 
 
 def _none_found(opt_state: PyTree) -> str:

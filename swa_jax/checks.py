@@ -32,11 +32,65 @@ def check_accumulator_dtype(dtype: Any) -> np.dtype | None:
     return checked
 
 
+def check_sample(sample: Any, *, caller: str) -> Any:
+    """Returns ``sample`` as a bool array, or raises; ``None`` passes."""
+    if sample is None:
+        return None
+    if not isinstance(sample, bool | np.bool_ | np.ndarray | jax.Array):
+        found = f"a {type(sample).__name__}"
+    elif (dtype := getattr(sample, "dtype", np.dtype(bool))) != np.bool_:
+        found = f"an array of {dtype}"
+    elif np.shape(sample) != ():
+        raise ValueError(
+            f"{caller}: sample must be a scalar, got shape {np.shape(sample)}; it "
+            "decides on the whole model. Fix: under jax.vmap, pass one bool a member"
+        )
+    else:  # one type for all, so that none compiles anew
+        return sample if isinstance(sample, jax.Array) else jax.device_put(sample)
+    raise TypeError(
+        f"{caller}: sample must be a bool, or a bool scalar as an array, got {found}. "
+        "Fix: compare, as in sample=(step % period == 0)"
+    )
+
+
 def leaf_dtype(leaf: Any) -> Any:
     """The dtype that ``leaf`` has, or gets, as a JAX array."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf.dtype
-    return jnp.asarray(leaf).dtype
+    if hasattr(leaf, "__jax_array__"):
+        return jnp.asarray(leaf).dtype
+    # Without making the array, which would move it to a device.
+    dtype = np.asarray(leaf).dtype
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.float0)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise TypeError(f"no array has the dtype {dtype}")
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def leaf_dtypes(params: PyTree, *, caller: str, name: str = "params") -> list[Any]:
+    """``leaf_dtype`` of all leaves.
+
+    Raises:
+      TypeError: a leaf is no array and makes none: the error names it.
+    """
+
+    def of(path: Any, leaf: Any) -> Any:
+        try:
+            return leaf_dtype(leaf)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} is a "
+                f"{type(leaf).__name__}, where an array was expected. Fix: pass the "
+                "arrays only, as equinox.filter(model, equinox.is_inexact_array) "
+                "gives them, or hide other leaves with optax.masked"
+            ) from None
+
+    return [of(path, leaf) for path, leaf in _flatten_with_path(params)]
+
+
+def is_averaged(dtype: Any) -> bool:
+    """Whether leaves of ``dtype`` are averaged; others carry their latest value."""
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def mean_dtype(dtype: Any, accumulator_dtype: Any) -> Any:
@@ -67,6 +121,7 @@ def check_params(
         not tell which accumulator was asked for.
 
     Raises:
+      TypeError: a leaf is no array.
       ValueError: the structure, a shape or a dtype differs.
     """
     fix = (
@@ -89,15 +144,24 @@ def check_params(
             f"{caller}: params must have the structure of the state's avg_params; "
             f"{differ}. Fix: {fix}"
         )
-    pairs = zip(_flatten_with_path(params), jax.tree.leaves(avg_params), strict=True)
-    for (path, leaf), mean in pairs:
+    triples = zip(
+        _flatten_with_path(params),
+        leaf_dtypes(params, caller=caller),
+        jax.tree.leaves(avg_params),
+        strict=True,
+    )
+    for (path, leaf), dtype, mean in triples:
         name = f"params{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{caller}: {name} is a ShapeDtypeStruct, which has no values to "
+                "average. Fix: pass arrays, or trace the call with jax.eval_shape"
+            )
         if np.shape(leaf) != np.shape(mean):
             raise ValueError(
                 f"{caller}: {name} has shape {np.shape(leaf)}, the state's average "
                 f"has {np.shape(mean)}; both must be the same. Fix: {fix}"
             )
-        dtype = leaf_dtype(leaf)
         if averaged_as is None:
             fits = _kind(dtype) == _kind(mean.dtype)
             rule = "a floating leaf needs a floating average, others their own dtype"

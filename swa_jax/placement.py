@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from swa_jax.propagation import stop_propagation
 
@@ -50,6 +51,8 @@ def resolve(sharding: Placement, tree: PyTree) -> Targets:
         targets = [sharding(spec) for spec in specs]
     else:
         try:
+            # No leaves: optax.tree_map_params asks with a tree of its own.
+            sharding = _visible(sharding, tree) if leaves else tree
             whole = jax.tree.broadcast(sharding, tree, is_leaf=_is_target)
         except ValueError as error:
             raise ValueError(
@@ -75,6 +78,22 @@ def resolve(sharding: Placement, tree: PyTree) -> Targets:
     return tuple(targets)
 
 
+def _visible(sharding: PyTree, tree: PyTree) -> PyTree:
+    """The shardings less those of what ``optax.masked`` hid, a leaf or a subtree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
+    hidden = {path for path, leaf in flat if _is_masked(leaf)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, part: optax.MaskedNode() if path in hidden else part,
+        sharding,
+        is_leaf=lambda path, part: path in hidden or _is_target(part),
+        is_leaf_takes_path=True,
+    )
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 def _check_divides(target: Sharding, shape: tuple[int, ...], name: str) -> None:
     try:
         target.shard_shape(shape)
@@ -97,10 +116,11 @@ def place(x: jax.Array, target: Sharding | None) -> jax.Array:
     if not is_traced(x):
         return jax.device_put(x, target)
     _check_not_manual(target)
+    # Each axis of a mesh has a kind of its own.
     if is_explicit(target):
-        x = jax.sharding.reshard(x, _on_device(target))
-    else:
-        x = jax.lax.with_sharding_constraint(x, _on_device(target))
+        x = jax.sharding.reshard(x, _over(AxisType.Explicit, target))
+    if _is_auto(target):
+        x = jax.lax.with_sharding_constraint(x, _over(AxisType.Auto, target))
     return to_host(x) if _in_host_memory(target) else x
 
 
@@ -113,7 +133,7 @@ def bring(x: jax.Array, target: Sharding | None) -> jax.Array:
     if target is None:
         return x
     target = _on_device(target)
-    if is_traced(x) and not is_explicit(target):
+    if is_traced(x) and _is_auto(target):
         x = stop_propagation(x)
     return place(x, target)
 
@@ -156,6 +176,42 @@ def beside(x: jax.Array, other: Any) -> jax.Array:
     return x
 
 
+def on_device(x: Any) -> jax.Array:
+    """A JAX array, for which a NumPy array or a number is moved explicitly."""
+    return x if isinstance(x, jax.Array) else jax.device_put(x)
+
+
+def follow(scalar: jax.Array, other: Any) -> jax.Array:
+    """Copies a scalar to the devices of ``other``, where that is not in a trace.
+
+    JAX would do so silently, but only as long as nobody tied the scalar to a device.
+    """
+    scalar = on_device(scalar)
+    if not is_placed(scalar) or not is_placed(other) or scalar.shape:
+        return scalar
+    if devices_of(scalar) == devices_of(other):
+        return scalar
+    target = other.sharding
+    if isinstance(target, NamedSharding):
+        return jax.device_put(scalar, NamedSharding(target.mesh, PartitionSpec()))
+    return jax.device_put(scalar, _on_device(target))
+
+
+def devices_of(x: jax.Array) -> tuple[jax.Device, ...]:
+    """The devices of an array outside a trace, in the order of its mesh.
+
+    JAX computes with two arrays only where these are the same.
+    """
+    if isinstance(x.sharding, NamedSharding):
+        return tuple(x.sharding.mesh.devices.flat)
+    return tuple(sorted(x.sharding.device_set, key=lambda device: device.id))
+
+
+def is_placed(x: Any) -> bool:
+    """Whether ``x`` is a JAX array outside a trace, not a NumPy array."""
+    return isinstance(x, jax.Array) and not is_traced(x)
+
+
 def is_traced(x: Any) -> bool:
     """Whether ``x`` is a value inside a trace."""
     return isinstance(x, jax.core.Tracer)
@@ -166,6 +222,28 @@ def is_explicit(target: Sharding) -> bool:
     return isinstance(target, NamedSharding) and AxisType.Explicit in (
         target.mesh.axis_types or ()
     )
+
+
+def _is_auto(target: Sharding) -> bool:
+    """Whether the compiler chooses shardings, over some axes at least."""
+    if not isinstance(target, NamedSharding):
+        return True
+    types = target.mesh.axis_types or ()
+    return not types or AxisType.Auto in types
+
+
+def _over(kind: AxisType, target: Any) -> Any:
+    """On the devices, and of the target's axes those of one kind."""
+    target = _on_device(target)
+    if not (is_explicit(target) and _is_auto(target)):
+        return target
+    kinds = dict(zip(target.mesh.axis_names, target.mesh.axis_types, strict=True))
+
+    def kept(part: Any) -> Any:
+        axes = part if isinstance(part, tuple) else (part,)
+        return tuple(axis for axis in axes if kinds.get(axis) == kind) or None
+
+    return target.update(spec=PartitionSpec(*map(kept, target.spec)))
 
 
 def _check_not_manual(target: Sharding) -> None:

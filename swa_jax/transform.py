@@ -16,14 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax.averaging import SWAState, accumulate, init_average
+from swa_jax.accumulation import accumulate, all_finite
+from swa_jax.averaging import init_average
 from swa_jax.checks import (
     check_accumulator_dtype,
     check_params,
     leaf_dtype,
+    leaf_dtypes,
     mean_dtype,
 )
-from swa_jax.placement import Placement, PyTree, is_traced, resolve
+from swa_jax.placement import (
+    Placement,
+    PyTree,
+    follow,
+    is_traced,
+    on_device,
+    resolve,
+)
+from swa_jax.state import State, check_state, with_counters
 
 _MAX_STEP = np.iinfo(np.int32).max
 
@@ -36,6 +46,7 @@ def swa(
     accumulator_dtype: Any = None,
     sharding: Placement = None,
     skip_nonfinite: bool = False,
+    compensated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the weights along the training trajectory.
 
@@ -71,9 +82,11 @@ def swa(
         step, and, where parameters are sharded, an all-reduce of scalars. Under
         ``shard_map`` each device looks at its own shard only: use it where parameters
         are replicated, or under ``jit``.
+      compensated: carry along what the mean's dtype cannot hold, see ``init_average``.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with state ``SWAState``.
+      An ``optax.GradientTransformationExtraArgs`` with state ``SWAState``, or
+      ``CompensatedSWAState``.
 
     Raises:
       ValueError: negative ``start_step``, ``period < 1``, ``stop_step < start_step``,
@@ -111,31 +124,33 @@ def swa(
     accumulator_dtype = check_accumulator_dtype(accumulator_dtype)
     averaged_as = functools.partial(mean_dtype, accumulator_dtype=accumulator_dtype)
 
-    def init_fn(params: PyTree) -> SWAState:
+    def init_fn(params: PyTree) -> State:
         return init_average(
-            params, accumulator_dtype=accumulator_dtype, sharding=sharding
+            params,
+            accumulator_dtype=accumulator_dtype,
+            sharding=sharding,
+            compensated=compensated,
         )
 
     def update_fn(
-        updates: PyTree, state: SWAState, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, SWAState]:
+        updates: PyTree, state: State, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, State]:
         del extra_args
         if params is None:
             raise ValueError(
                 "swa: update received params=None, but averages the updated weights; "
                 "call tx.update(updates, opt_state, params)"
             )
+        check_state(state, caller="swa")
         check_params(params, state.avg_params, caller="swa", averaged_as=averaged_as)
         new_params = _apply_updates(params, updates)
-        t = optax.safe_increment(state.num_updates)
-        sample = (t >= start_step) & ((t - start_step) % period == 0)
-        if stop_step is not None:
-            sample &= t <= stop_step
+        t, sample = _clock(state.num_updates, start_step, period, stop_step)
         if skip_nonfinite:
-            sample &= _all_finite(new_params)
+            finite = all_finite(new_params)
+            sample = follow(sample, finite) & finite
         targets = resolve(sharding, state.avg_params)
         new = accumulate(state, new_params, targets=targets, sample=sample)
-        return updates, new._replace(num_updates=t)
+        return updates, with_counters(new, t, new.num_averaged)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -162,6 +177,24 @@ def _known(*steps: Any) -> bool:
     return not any(map(is_traced, steps))
 
 
+def _clock(num_updates: jax.Array, *steps: Any) -> tuple[jax.Array, jax.Array]:
+    """The number of this update, and whether it is averaged."""
+    # Eagerly, constants would be transfers from the host.
+    eager = _known(num_updates, *steps)
+    return (_eager_tick if eager else _tick)(num_updates, *steps)
+
+
+def _tick(
+    num_updates: jax.Array, start_step: Any, period: Any, stop_step: Any
+) -> tuple[jax.Array, jax.Array]:
+    t = optax.safe_increment(num_updates)
+    sample = (t >= start_step) & ((t - start_step) % period == 0)
+    return t, sample if stop_step is None else sample & (t <= stop_step)
+
+
+_eager_tick = jax.jit(_tick, static_argnums=(1, 2, 3))
+
+
 def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """``optax.apply_updates``, passing on leaves that no gradient step changes."""
 
@@ -170,14 +203,14 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             leaf_dtype(update) == jax.dtypes.float0
         )
         if no_gradient or jnp.issubdtype(leaf_dtype(param), jax.dtypes.extended):
-            return param
+            return on_device(param)
         if np.shape(update) != np.shape(param):
             raise ValueError(
                 f"swa: updates{jax.tree_util.keystr(path)} has shape "
                 f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
                 "be the same. Fix: pass the updates and the params of one model"
             )
-        new = optax.apply_updates(param, update)
+        new = optax.apply_updates(on_device(param), on_device(update))
         # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
         # float32, and keep a copy of the old weights for it. The barrier makes the mean
         # read what is stored. Wider weights are stored as computed.
@@ -186,6 +219,7 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         )
         return jax.lax.optimization_barrier(new) if narrow else new
 
+    leaf_dtypes(updates, caller="swa", name="updates")
     try:
         return jax.tree_util.tree_map_with_path(apply, params, updates)
     except ValueError as error:
@@ -195,16 +229,3 @@ def _apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             "swa: updates must have the structure of params. Fix: pass the updates "
             f"and the params of one model; {error}"
         ) from error
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    parts = [
-        y for x in leaves for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))
-    ]
-    # By the extremes, which NaN passes through: XLA fuses these two into one reading,
-    # but stores a byte for every weight for isfinite(x).all().
-    extremes = [f(x, initial=0) for x in parts for f in (jnp.max, jnp.min)]
-    return functools.reduce(
-        jnp.logical_and, map(jnp.isfinite, extremes), jnp.array(True)
-    )

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax._reading import swa_params
-from swa_jax.averaging import SWAState, averaged_with, init_average
+from swa_jax.averaging import averaged_with, init_average
 from swa_jax.batch_stats import BatchStatsFn
 from swa_jax.placement import PyTree, is_traced
 from swa_jax.recipe.ends import finish, install
-from swa_jax.recipe.metrics import finite, metrics
+from swa_jax.recipe.metrics import metrics
 from swa_jax.recipe.state import (
     Event,
     RecipeState,
@@ -357,7 +356,9 @@ class SWA:
         lr0 = before.initial_lr
         lr0 = jnp.where(before.first_tick == 0, jnp.asarray(rate, lr0.dtype), lr0)
         after = RecipeState(
-            average=self._averaged(before.average, state.params),
+            average=averaged_with(
+                before.average, state.params, skip_nonfinite=bool(self.skip_nonfinite)
+            ),
             initial_lr=lr0,
             first_tick=first_or(before.first_tick, tick),
             last_tick=jnp.int32(tick),
@@ -367,11 +368,6 @@ class SWA:
         return state._replace(
             learning_rate=self._annealed(lr0, number, length), swa=after
         )
-
-    def _averaged(self, average: SWAState, params: PyTree) -> SWAState:
-        if self.skip_nonfinite and not bool(known(finite(params))):
-            return average
-        return averaged_with(average, params)
 
     # Both.
 

@@ -10,7 +10,6 @@ from swa_jax.placement import PyTree, beside
 from swa_jax.recipe.state import TrainingState
 from swa_jax.scalars import known
 from swa_jax.schedules import scalar_arithmetic
-from swa_jax.transform import _all_finite
 
 
 @scalar_arithmetic()
@@ -50,10 +49,6 @@ def _equal_leaves(tree: PyTree, other: PyTree) -> jax.Array:
     for x, y in _floating_pairs(tree, other):
         same &= jnp.all((x == y) | (jnp.isnan(x) & jnp.isnan(y)))
     return same
-
-
-#: Whether all weights are finite.
-finite = jax.jit(_all_finite)
 
 
 def _floating_pairs(tree: PyTree, other: PyTree) -> list[tuple[Any, Any]]:

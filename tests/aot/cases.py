@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import swa_jax
-from swa_jax import averaging
+from swa_jax import accumulation, averaging
 
 from ..compiled import Report
 from . import defects
@@ -181,13 +181,15 @@ def compile_update(
         state = state._replace(avg_params=mean)
         targets = tuple(x.sharding for x in jax.tree.leaves(mean))
     # Not through the public name: jitted around it, it would be our donation, not its.
-    compiled = averaging._update_in_place.lower(state, params, targets).compile()
+    compiled = averaging._update_in_place.lower(
+        state, params, targets, None, False
+    ).compile()
     return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
 
 
 def compile_rush(devices: Devices) -> Report:
     """``update_average`` in host memory, whose leaves do not wait for each other."""
-    with mock.patch.object(averaging, "_IN_FLIGHT", len(TAIL)):
+    with mock.patch.object(accumulation, "_IN_FLIGHT", len(TAIL)):
         return compile_update(
             devices, "replicated", memory_kind="pinned_host", shapes=TAIL
         )

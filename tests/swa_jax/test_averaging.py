@@ -127,6 +127,130 @@ def test_gradient_does_not_see_a_nonfinite_start():
     np.testing.assert_array_equal(jax.grad(mean)(jnp.ones(2)), [1.0, 1.0])
 
 
+# Deciding which models enter.
+
+
+@pytest.mark.parametrize("make", [bool, np.bool_, np.asarray, jnp.asarray])
+@pytest.mark.parametrize("update", [swa_jax.update_average, swa_jax.averaged_with])
+def test_sample(update, make):
+    state = swa_jax.init_average({"w": jnp.zeros(2), "n": jnp.int32(0)})
+    for value in (1, 2, 3, 4, 5):
+        params = {"w": jnp.full(2, float(value)), "n": jnp.int32(value)}
+        before = bits(state[1:])
+        state = update(state, params, sample=make(value in (2, 5)))
+        assert int(state.num_updates) == value
+        assert (bits(state[1:]) == before) == (value not in (2, 5))
+    assert int(state.num_averaged) == 2
+    np.testing.assert_array_equal(state.avg_params["w"], [3.5, 3.5])
+    assert int(state.avg_params["n"]) == 5
+
+
+def test_false_keeps_every_bit():
+    odd = np.array([0x7FC12345, 0x80000000, 0x00000001, 0x7F800000], np.uint32)
+    state = swa_jax.SWAState(jnp.int32(7), jnp.int32(4), odd.view(np.float32))
+    new = swa_jax.averaged_with(state, jnp.full(4, jnp.nan), sample=False)
+    assert bits(new[1:]) == bits(state[1:])
+    assert int(new.num_updates) == 8
+
+
+def test_sample_compiles_once(caplog):
+    params = {"w": jnp.ones((3, 13))}
+    state = swa_jax.update_average(
+        swa_jax.init_average(params), params, sample=jnp.array(True)
+    )
+    with jax.log_compiles():
+        for sample in (False, True, np.bool_(False), np.array(True), jnp.array(False)):
+            state = swa_jax.update_average(state, params, sample=sample)
+        assert "Compiling" not in caplog.text
+    assert int(state.num_averaged) == 3
+
+
+def test_traced_sample_in_scan_and_vmap():
+    models = weights(7, 3)
+
+    def run(chosen):
+        def step(state, pair):
+            return swa_jax.averaged_with(state, pair[0], sample=pair[1]), None
+
+        state = swa_jax.init_average(models[0])
+        return jax.lax.scan(step, state, (models, chosen))[0]
+
+    chosen = np.array([[0, 1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 1]], bool)
+    states = jax.jit(jax.vmap(run))(chosen)
+    np.testing.assert_array_equal(states.num_averaged, chosen.sum(1))
+    for mean, members in zip(states.avg_params, chosen, strict=True):
+        np.testing.assert_allclose(
+            mean,
+            models[members].astype(np.float64).mean(0),
+            rtol=0,
+            atol=running_mean_bound(models[members]),
+        )
+
+
+def test_update_with_sample_is_in_place():
+    params = {"a": jnp.ones((512, 512)), "b": jnp.ones((256, 64), jnp.bfloat16)}
+    old = swa_jax.init_average(params)
+    step = jax.jit(swa_jax.update_average, donate_argnums=0)
+    compiled = step.lower(old, params, sample=jnp.array(True)).compile()
+    assert_in_place(compiled, donated=old, average=old.avg_params)
+    swa_jax.update_average(old, params, sample=False)
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+
+
+def test_averaged_with_donates_nothing():
+    params = {"w": jnp.ones(16), "n": jnp.arange(3)}
+    old = swa_jax.init_average(params)
+    before = bits(old)
+    first, second = (swa_jax.averaged_with(old, params) for _ in range(2))
+    assert bits(first) == bits(second)
+    assert bits(old) == before
+    assert not any(x.is_deleted() for x in jax.tree.leaves((old, params)))
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "message"),
+    [
+        (1, TypeError, "got a int. Fix: compare"),
+        ("yes", TypeError, "got a str"),
+        (np.int32(1), TypeError, "got a int32"),
+        (jnp.int32(1), TypeError, "got an array of int32"),
+        (np.ones(()), TypeError, "got an array of float64"),
+        (jnp.array([True]), ValueError, r"must be a scalar, got shape \(1,\)"),
+        (np.array([True, False]), ValueError, r"must be a scalar, got shape \(2,\)"),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_refused_samples(sample, error, message, jit):
+    if jit and not isinstance(sample, jax.Array):
+        pytest.skip("jit takes arrays")
+    state = swa_jax.init_average(jnp.ones(2))
+    update = jax.jit(swa_jax.update_average) if jit else swa_jax.update_average
+    with pytest.raises(error, match=rf"update_average: sample .*{message}"):
+        update(state, jnp.ones(2), sample=sample)
+    swa_jax.update_average(state, jnp.ones(2))  # nothing was donated
+
+
+@pytest.mark.parametrize("update", [swa_jax.update_average, swa_jax.averaged_with])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_skip_nonfinite(update, bad):
+    state = swa_jax.init_average({"w": jnp.zeros(3), "s": 0.0})
+    for value in (1.0, bad, 3.0):
+        params = {"w": np.array([1, value, 5], np.float32), "s": value}
+        state = update(state, params, skip_nonfinite=True)
+    assert (int(state.num_updates), int(state.num_averaged)) == (3, 2)
+    np.testing.assert_array_equal(state.avg_params["w"], [1.0, 2.0, 5.0])
+    # Both conditions hold together.
+    for sample, expected in ((True, 3), (False, 3)):
+        good = {"w": np.ones(3, np.float32), "s": 1.0}
+        state = update(state, good, sample=sample, skip_nonfinite=True)
+        assert int(state.num_averaged) == expected
+    _, state = (
+        None,
+        update(state, params | {"s": bad}, sample=True, skip_nonfinite=True),
+    )
+    assert int(state.num_averaged) == 3
+
+
 # Dtypes.
 
 
@@ -277,6 +401,54 @@ def test_half_precision_weights_do_not_overflow():
         np.testing.assert_array_equal(state.avg_params, np.zeros(2))
 
 
+def narrow_dtypes() -> list[np.dtype]:
+    """Floating dtypes of a byte or less that arrays can have here."""
+    found = []
+    for name in dir(ml_dtypes):
+        if not name.startswith(("float8", "float6", "float4")):
+            continue
+        try:
+            jnp.ones(1, getattr(ml_dtypes, name))
+        except (TypeError, ValueError, RuntimeError):
+            continue
+        found.append(np.dtype(getattr(ml_dtypes, name)))
+    return found
+
+
+def test_narrow_dtypes_are_found():
+    assert len(narrow_dtypes()) >= 5
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@pytest.mark.parametrize("dtype", narrow_dtypes(), ids=str)
+def test_narrow_weights(dtype, skip_nonfinite):
+    # One of them has no sign and no zero, others no infinity, one no NaN.
+    info = ml_dtypes.finfo(dtype)
+    numbers = np.array([1, 2, 0.5, 4, info.max, 1.5, 2])
+    models = np.stack([np.roll(numbers, i)[:4] for i in range(7)]).astype(dtype)
+    tx = swa_jax.swa(skip_nonfinite=skip_nonfinite)
+    state = swa_jax.init_average(jnp.asarray(models[0]))
+    opt_state = tx.init(jnp.asarray(models[0]))
+    for model in models:
+        state = swa_jax.update_average(state, model, skip_nonfinite=skip_nonfinite)
+        _, opt_state = tx.update(None, opt_state, jnp.asarray(model))
+    expected = models.astype(np.float64).mean(0)
+    for found in (state, opt_state):
+        assert int(found.num_averaged) == 7
+        np.testing.assert_allclose(found.avg_params, expected, rtol=16 * U)
+
+
+@pytest.mark.parametrize("dtype", narrow_dtypes(), ids=str)
+def test_narrow_weights_that_are_not_finite(dtype):
+    state = swa_jax.init_average(jnp.ones(2, dtype))
+    for value in (np.nan, np.inf):
+        model = np.array([1, value]).astype(dtype)
+        finite = bool(np.isfinite(model.astype(np.float32)).all())
+        state = swa_jax.averaged_with(state, model, skip_nonfinite=True)
+        assert int(state.num_averaged) == finite
+        state = state._replace(num_averaged=jnp.int32(0))
+
+
 # Leaves that are no weights.
 
 
@@ -343,6 +515,75 @@ def test_numpy_params_are_copied():
     jax.block_until_ready(state)  # JAX may read a NumPy array until then
     params[:] = 5.0  # an optimizer in NumPy works in place
     np.testing.assert_array_equal(state.avg_params, np.ones((64, 64)))
+
+
+def test_abstract_leaves_start_from_zeros():
+    # As in Optax: `optax.adam(0.1).init` of shapes gives arrays.
+    params = {
+        "f32": jax.ShapeDtypeStruct((2, 3), jnp.float32),
+        "bf16": jax.ShapeDtypeStruct((4,), jnp.bfloat16),
+        "int": jax.ShapeDtypeStruct((), jnp.int32),
+        "key": jax.ShapeDtypeStruct((2,), jax.random.key(0).dtype),
+    }
+    for state in (swa_jax.init_average(params), swa_jax.swa().init(params)):
+        mean = {name: leaf for name, leaf in state.avg_params.items() if name != "key"}
+        expected = {
+            "f32": np.zeros((2, 3), np.float32),
+            "bf16": np.zeros(4, np.float32),
+            "int": np.zeros((), np.int32),
+        }
+        chex.assert_trees_all_equal(mean, expected)
+        assert state.avg_params["key"].dtype == params["key"].dtype
+        concrete = jax.tree.map(jnp.ones_like, expected) | {
+            "bf16": jnp.ones(4, jnp.bfloat16),
+            "key": jax.random.split(jax.random.key(1)),
+        }
+        state = swa_jax.update_average(state, concrete)
+        chex.assert_trees_all_equal(swa_jax.swa_params(state, concrete), concrete)
+
+
+def test_abstract_leaves_cannot_be_averaged():
+    state = swa_jax.init_average({"w": jnp.ones(2)})
+    shape = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(TypeError, match=r"params\['w'\] is a ShapeDtypeStruct.*Fix: "):
+        swa_jax.update_average(state, shape)
+    new = jax.eval_shape(swa_jax.update_average, state, shape)
+    assert new.avg_params["w"].shape == (2,)
+
+
+NO_ARRAYS = [jnp.tanh, lambda x: x, "relu", np, object(), np.array(["a"])]
+
+
+@pytest.mark.parametrize("leaf", NO_ARRAYS, ids=lambda leaf: type(leaf).__name__)
+def test_leaves_that_are_no_arrays_are_named(leaf):
+    good = {"w": jnp.ones(2), "layers": [{"activation": jnp.ones(())}]}
+    bad = {"w": jnp.ones(2), "layers": [{"activation": leaf}]}
+    tx = swa_jax.swa()
+    where = rf"params\['layers'\]\[0\]\['activation'\] is a {type(leaf).__name__}"
+    for caller, call in {
+        "init_average": lambda: swa_jax.init_average(bad),
+        r"init_average: params.*": lambda: tx.init(bad),
+        "update_average": lambda: swa_jax.update_average(tx.init(good), bad),
+        "swa": lambda: tx.update(good, tx.init(good), bad),
+    }.items():
+        caller = caller.split(":")[0]
+        message = rf"^{caller}: {where}, where .*Fix: .*equinox.filter.*optax.masked"
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(TypeError, match=rf"^swa: {where.replace('params', 'updates')}"):
+        tx.update(bad, tx.init(good), good)
+
+
+def test_leaves_that_are_no_arrays_may_be_hidden():
+    # The way out that the message names.
+    params = {"w": jnp.ones(2), "activation": jnp.tanh}
+    tx = optax.masked(swa_jax.swa(), {"w": True, "activation": False})
+    state = tx.init(params)
+    updates = {"w": jnp.ones(2), "activation": None}
+    _, state = tx.update(updates, state, params)
+    average = swa_jax.swa_params(state, params)
+    np.testing.assert_array_equal(average["w"], [2.0, 2.0])
+    assert average["activation"] is jnp.tanh
 
 
 # Buffers.

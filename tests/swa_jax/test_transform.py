@@ -315,6 +315,20 @@ def test_without_skip_nonfinite_nan_enters():
     np.testing.assert_array_equal(state.avg_params, [1.0, np.nan])
 
 
+@pytest.mark.parametrize("update", [None, 0.0, jnp.zeros(())])
+@pytest.mark.parametrize("param", [2.0, 2, np.float32(2), True])
+def test_skip_nonfinite_of_numbers(param, update):
+    if update is not None and isinstance(param, bool):
+        pytest.skip("a bool takes no update")
+    tx = swa_jax.swa(skip_nonfinite=True)
+    _, state = tx.update({"w": update}, tx.init({"w": param}), {"w": param})
+    assert int(state.num_averaged) == 1
+    assert state.avg_params["w"] == param
+    if isinstance(param, float):
+        _, state = tx.update({"w": update}, state, {"w": float("nan")})
+        assert int(state.num_averaged) == 1
+
+
 @pytest.mark.parametrize("tree", [{}, {"n": np.int32(3)}])
 def test_skip_nonfinite_without_floating_leaves(tree):
     tx = swa_jax.swa(skip_nonfinite=True)
@@ -376,6 +390,39 @@ def test_update_average_and_swa_are_the_same_mean():
         inside.avg_params, outside.avg_params, rtol=0, atol=4 * U * np.abs(models).max()
     )
     assert bits(inside[:2]) == bits(outside[:2])
+
+
+NUMPY = {"w": np.ones((4, 2), np.float32), "s": 1.0, "n": 3}
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("leaves", ["jax", "numpy", "elsewhere"])
+def test_no_implicit_transfers(leaves, compensated):
+    """Where JAX is told to refuse them, eager calls move what they must explicitly."""
+    params, updates = NUMPY, jax.tree.map(np.zeros_like, NUMPY)
+    if leaves != "numpy":
+        place = jax.devices()[1] if leaves == "elsewhere" else None
+        params, updates = jax.device_put((params, updates), place)
+    tx = swa_jax.swa(2, 3, stop_step=9, skip_nonfinite=True, compensated=compensated)
+    with jax.transfer_guard("disallow"):
+        state = swa_jax.init_average(params, compensated=compensated)
+        for sample in (None, True, np.bool_(False)):
+            state = swa_jax.update_average(state, params, sample=sample)
+        kept = swa_jax.averaged_with(state, params, skip_nonfinite=True)
+        opt_state = tx.init(params)
+        for _ in range(5):
+            _, opt_state = tx.update(updates, opt_state, params)
+    assert int(kept.num_averaged) == 3
+    assert int(opt_state.num_averaged) == 2
+    chex.assert_trees_all_equal(jax.device_get(kept.avg_params), jax.device_get(params))
+    with pytest.raises(Exception, match="Disallowed"), jax.transfer_guard("disallow"):
+        jnp.ones(2) + 1  # the guard is where we look for it
+
+
+def test_no_implicit_transfers_with_shapes():
+    with jax.transfer_guard("disallow"):
+        state = swa_jax.swa().init({"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
+    np.testing.assert_array_equal(state.avg_params["w"], [0.0, 0.0])
 
 
 @pytest.mark.usefixtures("enable_x64")
@@ -473,6 +520,24 @@ def test_update_needs_params(jit):
         match=r"swa: update received params=None.*tx.update\(updates, opt_state, para",
     ):
         update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_update_needs_a_state_of_its_own(jit):
+    tx = swa_jax.swa()
+    update = jax.jit(tx.update) if jit else tx.update
+    # The last two arguments swapped, and the state of the whole chain.
+    for state in (PARAMS, optax.chain(tx).init(PARAMS)):
+        with pytest.raises(TypeError, match="swa: state must be an SWAState, got "):
+            update(PARAMS, state, PARAMS)
+
+
+def test_update_refuses_a_donated_state():
+    tx = swa_jax.swa()
+    state = tx.init(PARAMS)
+    jax.jit(tx.update, donate_argnums=1)(PARAMS, state, PARAMS)
+    with pytest.raises(RuntimeError, match=r"swa: state has been donated.*go on with"):
+        tx.update(PARAMS, state, PARAMS)
 
 
 plain = swa_jax.swa()
