@@ -1047,7 +1047,6 @@ def test_train_batches_that_returns_a_function():
             "state.learning_rate must be a learning rate.*value at this step",
         ),
     ],
-    ids=str,
 )
 def test_numbers_of_another_kind(fields, message):
     with pytest.raises(TypeError, match=message):
