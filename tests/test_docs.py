@@ -122,7 +122,6 @@ def test_every_choice_trains():
         assert 0.85 < accuracy < 1, name
 
 
-README = (ROOT / "README.md").read_text()
 RESULTS = {path.name: path for path in sorted((ROOT / "docs/results").iterdir())}
 
 
@@ -172,28 +171,32 @@ def test_controls_are_those_of_the_results(name):
     assert f"| {' | '.join(figures)} |" in PAGES["how-to-choose.md"]
 
 
+# results.md
+
+
 @pytest.mark.parametrize("name", RESULTS)
-def test_tables_of_the_readme_are_those_of_the_results(name):
+def test_tables_are_those_of_the_results(name):
     content = read_results(name)
+    page = PAGES["results.md"]
     rows = [results.Row(**row) for row in content["rows"]]
     comparisons = [results.Comparison(**c) for c in content["comparisons"]]
     tables = results.make_markdown(rows, comparisons)
     assert (RESULTS[name] / "results.md").read_text() == tables
     lines = tables.splitlines()
     for line in lines[: len(rows) + 2]:
-        assert f"\n{line}\n" in README
+        assert f"\n{line}\n" in page
     quoted = [c for c in results.comparison_cells(comparisons) if "10" in c[0]]
     assert quoted
     for cells in quoted:
-        assert f"\n| {' | '.join(cells)} |\n" in README
-    assert f"`python -m experiments {name}" in README
-    shown = {ROOT / path for path in re.findall(r"!\[[^]]*\]\((\S+)\)", README)}
+        assert f"\n| {' | '.join(cells)} |\n" in page
+    assert f"`python -m experiments {name}" in page
+    shown = {ROOT / "docs" / path for path in re.findall(r"!\[[^]]*\]\((\S+)\)", page)}
     assert set(RESULTS[name].glob("*.png")) <= shown
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_rates_of_the_configurations_were_chosen_on_the_validation_split(name):
-    """README says so; the record of every trial is in tuning.json."""
+    """The page says so; the record of every trial is in tuning.json."""
     tuning = json.loads((RESULTS[name] / "tuning.json").read_text())
     config = read_results(name)["config"]
     named = results.config_dict(EXPERIMENTS[name][1])
