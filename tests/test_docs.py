@@ -7,8 +7,6 @@ import statistics
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import swa_jax
@@ -61,49 +59,6 @@ def test_both_forms_of_the_published_method_agree(capsys):
     assert namespace["largest_difference"] < 1e-5
     assert [line["swa/num_averaged"] for line in namespace["log"]] == [1, 2, 3, 4]
     assert "test accuracy" in capsys.readouterr().out
-
-
-# coming-from-pytorch.md
-
-ROWS = re.findall(
-    r"^\| (.+?) \| (.*?) ?\| ([\d, ]+) \| `(.+?)` \|$",
-    PAGES["coming-from-pytorch.md"],
-    re.MULTILINE,
-)
-
-
-def test_the_table_of_averaged_models_is_found():
-    assert len(ROWS) == 11
-    implementations = {row[0].split(",")[0] for row in ROWS}
-    assert len(implementations) == 6
-
-
-@pytest.mark.parametrize(("ends", "call"), dict.fromkeys(row[2:] for row in ROWS))
-def test_each_call_averages_the_models_of_its_row(ends, call):
-    """Over 10 epochs of 3 updates, asking after each whether one was averaged."""
-    tx = eval(call, {"swa": swa_jax.swa, "SWA": swa_jax.SWA, "S": 3})
-
-    def update(opt_state: Any, _: Any) -> Any:
-        _, opt_state = tx.update(jnp.zeros(()), opt_state, jnp.zeros(()))
-        return opt_state, opt_state.num_averaged
-
-    _, counts = jax.lax.scan(update, tx.init(jnp.zeros(())), length=30)
-    updates = np.flatnonzero(np.diff(np.asarray(counts), prepend=0)) + 1
-    assert [t / 3 for t in updates] == [int(e) for e in ends.split(",")]
-
-
-def test_side_by_side_loop_averages_what_pytorchs_does():
-    namespace = run("coming-from-pytorch.md")
-    # `epoch > swa_start` for epoch in range(10).
-    assert namespace["num_averaged"] == len(range(namespace["swa_start"] + 1, 10))
-    assert 0.8 < namespace["accuracy"] < 1
-    # Two lines of PyTorch's loop, as recorded from PyTorch itself in test_parity:
-    # multiplicative until swa_start, then two epochs of cosine to 0.05.
-    steps = namespace["S"]
-    rates = [float(namespace["schedule"](epoch * steps)) for epoch in range(10)]
-    lr0 = 0.1 * 0.9**6
-    expected = [0.1 * 0.9**e for e in range(6)] + [lr0, (lr0 + 0.05) / 2, 0.05, 0.05]
-    np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
 # how-to-choose.md
