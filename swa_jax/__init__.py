@@ -4,6 +4,7 @@ from swa_jax.averaging import SWAState as SWAState
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
+from swa_jax.errors import NonFiniteError as NonFiniteError
 from swa_jax.recipe import SWA as SWA
 from swa_jax.recipe import Event as Event
 from swa_jax.recipe import TrainingState as TrainingState
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SWA",
     "Event",
+    "NonFiniteError",
     "SWAState",
     "TrainingState",
     "cosine_to_constant_schedule",

@@ -1,0 +1,49 @@
+"""Moving arrays between host and devices, always explicitly.
+
+So that the pass works where implicit transfers are forbidden, see
+``jax.transfer_guard``.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+
+def to_device(tree: Any) -> Any:
+    """The tree with its NumPy arrays and numbers on the default device."""
+    if jax.process_count() > 1:
+        return tree  # jit takes what is the same on every process for global
+
+    def move(leaf: Any) -> Any:
+        plain = isinstance(leaf, np.ndarray | np.generic | int | float | complex)
+        return jax.device_put(leaf) if plain else leaf
+
+    return jax.tree.map(move, tree)
+
+
+def to_host(arrays: list[jax.Array]) -> list[np.ndarray]:
+    """The arrays as NumPy's, all transfers under way at once."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get([whole(x) for x in arrays])
+
+
+def placed_like(value: np.ndarray, like: Any) -> jax.Array:
+    """``value`` on the devices of ``like``, which has its shape."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None or (
+        isinstance(sharding, SingleDeviceSharding)
+        and sharding.device_set == {jax.devices()[0]}
+    ):
+        return jax.device_put(value)  # without being tied to the device
+    if not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+    return jax.device_put(value, sharding)
