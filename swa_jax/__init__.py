@@ -1,5 +1,8 @@
 """Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
 
+from swa_jax._finding import swa_state as swa_state
+from swa_jax._reading import swa_params as swa_params
+from swa_jax._reading import with_num_updates as with_num_updates
 from swa_jax.averaging import SWAState as SWAState
 from swa_jax.averaging import init_average as init_average
 from swa_jax.averaging import update_average as update_average
@@ -13,8 +16,6 @@ from swa_jax.schedules import cyclic_schedule as cyclic_schedule
 from swa_jax.schedules import linear_to_constant_schedule as linear_to_constant_schedule
 from swa_jax.schedules import swa_schedule as swa_schedule
 from swa_jax.transform import swa as swa
-from swa_jax.transform import swa_params as swa_params
-from swa_jax.transform import swa_state as swa_state
 
 __version__ = "0.1.0"
 
@@ -34,4 +35,5 @@ __all__ = [
     "swa_schedule",
     "swa_state",
     "update_average",
+    "with_num_updates",
 ]

@@ -1,21 +1,23 @@
 """Learning-rate schedules that weight averaging is used with.
 
 Each is an ``optax.Schedule``: a pure function from the 0-based step (a Python number,
-or an array of any integer dtype, traced or not) to the learning rate, a float scalar.
-All are exact at their boundaries: where a schedule promises ``swa_lr``, it returns that
-very float.
+or an array of any integer dtype, traced or not) to the learning rate, a float scalar:
+float32, or float64 where a step or rate has 64 bits and JAX has them on. All are exact
+at their boundaries: where a schedule promises ``swa_lr``, it returns that very float.
 """
 
+import contextlib
 import functools
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from swa_jax.scalars import MAX_COUNT, check_rate, known, shown
 
 Strategy = Literal["cos", "linear"]
 
@@ -43,7 +45,7 @@ def cosine_to_constant_schedule(
         ``decay_steps``.
 
     Returns:
-      A schedule from the step to a float32 scalar.
+      A schedule from the step to a float scalar.
 
     Raises:
       ValueError: a negative length or rate, a rate that is not finite, or a warm-up
@@ -70,6 +72,7 @@ def cosine_to_constant_schedule(
             "decay_steps counts from step 0 and includes the warm-up"
         )
 
+    @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
         step = as_step(step)
         lr = _blend(
@@ -78,7 +81,7 @@ def cosine_to_constant_schedule(
             _alpha("cos", step - warmup_steps, decay_steps - warmup_steps),
         )
         if warmup_steps:
-            rising = init_value * (step / warmup_steps)
+            rising = _wide(init_value) * _ratio(step, warmup_steps)
             lr = jnp.where(step < warmup_steps, rising, lr)
         return lr
 
@@ -141,12 +144,13 @@ def swa_schedule(
     check_strategy("strategy", strategy)
     base = as_schedule(base)
 
+    @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
         step = as_step(step)
         lr0 = base(jnp.asarray(start_step, step.dtype))
         since = step - start_step
-        alpha = _alpha(strategy, since - since % update_every, anneal_steps)
-        annealed = _blend(lr0, lr0 if swa_lr is None else swa_lr, alpha)
+        held = since - since % update_every
+        annealed = anneal(lr0, swa_lr, held, anneal_steps, strategy)
         return jnp.where(since < 0, base(step), annealed)
 
     return schedule
@@ -171,7 +175,7 @@ def linear_to_constant_schedule(
       start_step: step at which averaging starts, >= 0; 0 gives ``swa_lr`` throughout.
 
     Returns:
-      A schedule from the step to a float32 scalar.
+      A schedule from the step to a float scalar.
 
     Raises:
       ValueError: a negative ``start_step`` or rate, or a rate that is not finite.
@@ -190,9 +194,11 @@ def linear_to_constant_schedule(
     check_rate("swa_lr", swa_lr)
     start_step = _check_length("start_step", start_step)
 
+    @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
         # 0.5 and 0.9 of start_step, in floats: exact wherever they fall on a step.
-        alpha = _alpha("linear", as_step(step) - start_step / 2, 2 * start_step / 5)
+        past_half = _ratio(as_step(step), 1) - start_step / 2
+        alpha = _alpha("linear", past_half, 2 * start_step / 5)
         return _blend(init_value, swa_lr, alpha)
 
     return schedule
@@ -216,7 +222,7 @@ def cyclic_schedule(
       cycle_steps: steps in a cycle, >= 1; 1 gives ``min_value`` throughout.
 
     Returns:
-      A schedule from the step to a float32 scalar.
+      A schedule from the step to a float scalar.
 
     Raises:
       ValueError: ``cycle_steps < 1``, a rate that is negative or not finite.
@@ -234,6 +240,7 @@ def cyclic_schedule(
     check_rate("min_value", min_value)
     cycle_steps = _check_length("cycle_steps", cycle_steps, at_least=1)
 
+    @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
         into = as_step(step) % cycle_steps + 1
         return _blend(max_value, min_value, _alpha("linear", into, cycle_steps))
@@ -241,31 +248,87 @@ def cyclic_schedule(
     return schedule
 
 
+@contextlib.contextmanager
+def scalar_arithmetic() -> Iterator[None]:
+    """What scalars may do where JAX is set to be strict; also a decorator.
+
+    Integers of a step and floats of a rate are mixed on purpose, and a Python number on
+    its way to the device is no accident.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.transfer_guard("allow"):
+        yield
+
+
 def as_step(step: Any) -> jax.Array:
     """A step as an array in which steps can be subtracted and multiplied.
 
     Counters come in other dtypes too: that of ``flax.nnx.Optimizer`` is unsigned, and
     a step before ``start_step`` would be a huge one after it.
+
+    Raises:
+      ValueError: a number that JAX would wrap around.
     """
+    if not isinstance(step, jax.Array):
+        number = np.asarray(step)
+        most = _most(number.dtype.itemsize)
+        if number.dtype.kind in "iuO" and np.any((number > most) | (number < -most)):
+            raise ValueError(
+                f"step must be at most {most}, got {shown(step)}; JAX's integers hold "
+                "no more"
+            )
     step = jnp.asarray(step)
-    signed = jnp.issubdtype(step.dtype, jnp.signedinteger) and step.dtype.itemsize >= 4
-    if not jnp.issubdtype(step.dtype, jnp.integer) or signed:
+    size = step.dtype.itemsize
+    if jnp.issubdtype(step.dtype, jnp.floating):
+        return step if size >= 4 else step.astype(jnp.float32)
+    if jnp.issubdtype(step.dtype, jnp.signedinteger) and size >= 4:
         return step
-    return step.astype(jnp.result_type(int))
+    if jnp.issubdtype(step.dtype, jnp.integer) and size >= 4:
+        step = jnp.minimum(step, _most(size))  # it stays, as optax's counters do
+    return step.astype(jnp.int64 if size == 8 else jnp.int32)
+
+
+def _most(size: int) -> int:
+    """The largest integer that JAX keeps of one of so many bytes."""
+    return int(jnp.iinfo(jnp.result_type(int) if size == 8 else jnp.int32).max)
+
+
+def anneal(
+    lr0: Any, swa_lr: Any, elapsed: jax.Array, length: float, strategy: Strategy
+) -> jax.Array:
+    """From ``lr0`` to ``swa_lr``, or ``lr0`` still, ``elapsed`` of ``length`` along."""
+    return _blend(
+        lr0, lr0 if swa_lr is None else swa_lr, _alpha(strategy, elapsed, length)
+    )
 
 
 def _alpha(strategy: Strategy, elapsed: jax.Array, length: float) -> jax.Array:
     """Progress from 0 to 1 after ``elapsed`` of ``length`` steps."""
     if not length:
         return jnp.where(elapsed >= 0, 1.0, 0.0)
-    x = jnp.clip(elapsed / length, 0.0, 1.0)
+    x = jnp.clip(_ratio(elapsed, length), 0.0, 1.0)
     return x if strategy == "linear" else (1 - jnp.cos(jnp.pi * x)) / 2
+
+
+def _ratio(steps: jax.Array, length: float) -> jax.Array:
+    # By an integer first: so it becomes a float of the step's own width, whereas a
+    # Python float would make float64 of any, and an integer may be too large for int32.
+    return jnp.true_divide(steps, 1) / float(length)
 
 
 def _blend(start: Any, end: Any, alpha: jax.Array) -> jax.Array:
     # Flat where both ends agree. The far end is selected rather than computed: it may
     # come out a rounding off, and compilers may evaluate cos(pi) in more ways than one.
+    start, end = _wide(start), _wide(end)
     return jnp.where(alpha >= 1, end, start + (end - start) * alpha)
+
+
+def _wide(rate: Any) -> Any:
+    """A rate in which the way to another can be computed: float32 at least."""
+    dtype = getattr(rate, "dtype", None)
+    if dtype is None:
+        return float(rate)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.asarray(rate, jnp.float32) if narrow else rate
 
 
 def check_strategy(name: str, strategy: Any) -> None:
@@ -273,49 +336,26 @@ def check_strategy(name: str, strategy: Any) -> None:
     if strategy not in get_args(Strategy):
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, get_args(Strategy)))}, got "
-            f"{strategy!r}"
+            f"{shown(strategy)}"
         )
 
 
 def _check_length(name: str, value: Any, *, at_least: int = 0) -> int:
     try:
-        length = operator.index(value)
+        length = operator.index(known(value))
     except TypeError:
         raise TypeError(
-            f"{name} must be an integer number of steps, got {value!r} of type "
+            f"{name} must be an integer number of steps, got {shown(value)} of type "
             f"{type(value).__name__}; multiply epochs by the steps in an epoch, and "
             "round"
         ) from None
-    if length < at_least:
+    if not at_least <= length <= MAX_COUNT:
+        bound = f"least {at_least}" if length < at_least else f"most {MAX_COUNT}"
         raise ValueError(
-            f"{name} must be at least {at_least} (steps), got {length}; count "
-            "optimizer updates from 0"
+            f"{name} must be at {bound} (steps), got {length}; count optimizer "
+            "updates from 0, in int32"
         )
     return length
-
-
-def check_rate(name: str, rate: Any, or_else: str = "") -> None:
-    """Raises unless ``rate`` is a learning rate, as far as its value is known.
-
-    Args:
-      name: the argument to name in the message.
-      rate: what was given for it.
-      or_else: what else it could have been, as in ``" or None"``.
-    """
-    number = np.ndim(rate) == 0 and (
-        hasattr(rate, "__float__") and not isinstance(rate, bool | str)
-    )
-    if not number:
-        raise TypeError(
-            f"{name} must be a learning rate{or_else}, got {rate!r}; it is one number, "
-            "and for a rate for each group of parameters there is optax.partition"
-        )
-    known = not isinstance(rate, jax.core.Tracer)
-    if known and not (math.isfinite(float(rate)) and float(rate) >= 0):
-        raise ValueError(
-            f"{name} must be finite and not negative, got {rate!r}; it is the learning "
-            f"rate as the optimizer gets it{or_else and ','}{or_else}"
-        )
 
 
 def as_schedule(base: Any) -> Callable[[Any], Any]:
@@ -323,7 +363,7 @@ def as_schedule(base: Any) -> Callable[[Any], Any]:
     if callable(base):
         return base
     check_rate("base", base, " or a schedule (step -> learning rate)")
-    return functools.partial(_constant, base)
+    return functools.partial(_constant, _wide(base))
 
 
 def _constant(value: Any, step: Any) -> jax.Array:

@@ -8,9 +8,10 @@ never averaged.
 
 import fractions
 import math
-import operator
 import re
 from typing import Any, Literal, NamedTuple
+
+from swa_jax.scalars import MAX_COUNT, check_count, shown
 
 _TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(dur|ep|ba)")
 
@@ -37,7 +38,7 @@ def parse_time(name: str, text: Any) -> Time:
     """
     forms = 'a time string such as "0.7dur", "6ep" or "500ba"'
     if not isinstance(text, str):
-        raise TypeError(f"{name} must be {forms}, got {text!r}")
+        raise TypeError(f"{name} must be {forms}, got {shown(text)}")
     match = _TIME.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{name} must be {forms}, got {text!r}")
@@ -76,6 +77,17 @@ class Length(NamedTuple):
             else check_count("steps_per_epoch", steps_per_epoch),
         )
 
+    def updates(self) -> int:
+        """Optimizer updates in all, or the error that they cannot be counted."""
+        updates = self.num_epochs * self.steps("optimizer updates")
+        if updates > MAX_COUNT:
+            raise ValueError(
+                f"num_epochs * steps_per_epoch must be at most {MAX_COUNT}, got "
+                f"{self.num_epochs} * {self.steps_per_epoch} = {updates}: optimizers "
+                "count updates in int32"
+            )
+        return updates
+
     def steps(self, needed_for: str) -> int:
         """Batches in an epoch, or the error that names what needs them."""
         if self.steps_per_epoch is None:
@@ -108,6 +120,14 @@ class Window(NamedTuple):
         return (
             self.first <= tick <= self.last and (tick - self.first) % self.period == 0
         )
+
+    def number(self, tick: Any) -> Any:
+        """How many models have had their turn by ``tick``, that one included."""
+        return (tick - self.first) // self.period + 1
+
+    def describe(self, tick: int) -> str:
+        """``tick`` as a caller counts."""
+        return f"epoch {tick - 1}" if self.unit == "ep" else f"batch {tick}"
 
     def ends_early(self, tick: int) -> bool:
         """Whether training continues from the average at ``tick``."""
@@ -151,6 +171,11 @@ def window(
         first = epoch if by_epoch else epoch * (total // length.num_epochs)
     last = total if end is None else tick("swa_end", end)
     ticks = "epochs" if by_epoch else "batches"
+    if total > MAX_COUNT:
+        raise ValueError(
+            f"training has {total} {ticks}, but they are counted in int32, up to "
+            f"{MAX_COUNT}; give num_epochs and steps_per_epoch of a shorter run"
+        )
     for name, text, at in (("swa_start", start, first), ("swa_end", end, last)):
         if at > total:
             raise ValueError(
@@ -162,18 +187,6 @@ def window(
             f"swa_end={end!r} (after {last} {ticks}) is before swa_start={start!r} "
             f"(after {first}): the averaging window is empty; end later"
         )
-    return Window("ep" if by_epoch else "ba", first, int(period.value), last, total)
-
-
-def check_count(name: str, value: Any, *, at_least: int = 1) -> int:
-    """Returns ``value`` as an integer that counts something, or raises."""
-    try:
-        count = operator.index(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be an integer known outside jit, got {value!r} of type "
-            f"{type(value).__name__}"
-        ) from error
-    if count < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {count}")
-    return count
+    # A longer period samples no more than one of the whole length, and counts in int32.
+    every = min(int(period.value), total)
+    return Window("ep" if by_epoch else "ba", first, every, last, total)

@@ -89,7 +89,7 @@ def _num_examples(batch: PyTree, devices: int | None) -> int:
     if not found:
         raise ValueError(
             f"batches: a batch must hold an array whose axis {axis} counts its "
-            f"examples, got {str(jax.tree.map(np.shape, batch)):.200} (shapes)"
+            f"examples, got {jax.tree.map(np.shape, batch)!s:.200} (shapes)"
         )
     if 0 in found:
         raise ValueError(

@@ -29,7 +29,9 @@ def mapped_devices(axis_name: str, *trees: PyTree) -> int:
     devices = jax.local_device_count()
     if len(found) == 1 and () not in found and 0 < next(iter(found))[0] <= devices:
         return int(next(iter(found))[0])
-    leads = ", ".join(f"{n} has {lead or 'none'}" for lead, n in list(found.items())[:4])
+    leads = ", ".join(
+        f"{n} has {lead or 'none'}" for lead, n in list(found.items())[:4]
+    )
     raise ValueError(
         f"axis_name={axis_name!r} says that params and batch_stats carry pmap's leading "
         f"device axis, of at most {devices} devices, but {leads}. Fix: stack a copy for "

@@ -174,7 +174,9 @@ def second_half(shape: tuple[int, ...]) -> np.ndarray:
 def _old_values(own: Any, size: Any, far: float, code: np.ndarray) -> jax.Array:
     """The old values of one leaf, along a new leading axis: see ``_share``."""
     zero = jnp.zeros_like(own)
-    odd = sum(jax.lax.broadcasted_iota(jnp.int32, own.shape, d) for d in range(own.ndim))
+    odd = sum(
+        jax.lax.broadcasted_iota(jnp.int32, own.shape, d) for d in range(own.ndim)
+    )
     odd = odd % 2 == 1 if own.ndim else False
     filled = jnp.full_like(own, far * (1 + 1j) if jnp.iscomplexobj(own) else far)
     coded = [jnp.where(jnp.where(odd, *moves[::-1]), size, zero) for moves in code.T]
@@ -193,13 +195,9 @@ class Look(NamedTuple):
     handed_through: set[int]
 
 
-def look_at(
-    program: Program, axis: tuple[str, int] | None, *arguments: PyTree
-) -> Look:
+def look_at(program: Program, axis: tuple[str, int] | None, *arguments: PyTree) -> Look:
     """Traces the model on ``params, batch_stats, batch``."""
-    trace = jax.make_jaxpr(
-        program.model, axis_env=axis and [axis], return_shape=True
-    )
+    trace = jax.make_jaxpr(program.model, axis_env=axis and [axis], return_shape=True)
     closed, new = trace(*arguments)
     before, between = (len(jax.tree.leaves(x)) for x in arguments[:2])
     sources = enumerate(_source(closed.jaxpr, out) for out in closed.jaxpr.outvars)

@@ -1,5 +1,6 @@
 """Whether what came out of a run can be believed, and the words if it cannot."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from swa_jax.batch_stats._forward import Layout, old_value_codes, second_half
 from swa_jax.batch_stats._leaves import Name, some
 from swa_jax.batch_stats._share import OWN, ZERO, Segments
 from swa_jax.errors import NonFiniteError
+
+#: The smallest number that float16 holds with all its digits.
+_LEAST_HALF = float(jnp.finfo(jnp.float16).tiny)
 
 
 class Verdict(NamedTuple):
@@ -51,6 +55,7 @@ class Judge:
         self.names = names
         self.dtypes = [jnp.finfo(dtype).dtype for dtype in dtypes]
         self.wider = [jnp.finfo(dtype).dtype for dtype in wider]
+        self.halves = [i for i, x in enumerate(self.dtypes) if x == np.float16]
         self.eps = np.array([float(jnp.finfo(dtype).eps) for dtype in wider])
         lengths = [flat([x[:1]], 1).shape[1] for x in own]
         self.at = Segments.of(lengths)
@@ -74,12 +79,21 @@ class Judge:
         fixed = [np.zeros_like(self.start), self.start]
         self.rows = np.array([[*fixed, own, *coded] for own in self.own])
 
-    def judge(self, out: np.ndarray, everywhere: np.ndarray, which: str) -> Verdict:
+    def judge(
+        self,
+        out: np.ndarray,
+        everywhere: np.ndarray,
+        here: np.ndarray,
+        there: np.ndarray,
+        which: str,
+    ) -> Verdict:
         """Judges one run from all old values.
 
         Args:
           out: shape (devices of this process, old values, elements).
           everywhere: the first two old values on all devices of the axis.
+          here: bool, shape (devices of this process,): those that have any data.
+          there: bool, the same for all devices of the axis.
           which: what to call the batch.
         """
         per_device = [
@@ -87,15 +101,20 @@ class Judge:
             for two in everywhere
         ]
         touched = np.array([~momenta.idle for momenta in per_device])
-        known = [list(map(self._share, m.old, self.dtypes, self.wider)) for m in per_device]
-        share = np.array(known, float)  # None becomes NaN
+        # Where it cannot be told: None, which becomes NaN.
+        share = np.array([self._share_of(m) for m in per_device], float)
         trouble: dict[int, ValueError] = {}
-        for momenta, row in zip(per_device, share, strict=True):
+        for device in np.flatnonzero(there):
+            momenta, row = per_device[device], share[device]
             for leaf in np.flatnonzero(np.isnan(row) & ~momenta.idle):
                 trouble[leaf] = self._cannot_be_told(leaf, momenta.old[leaf])
             for leaf in np.flatnonzero(~momenta.constant & ~momenta.idle):
                 trouble[leaf] = self._no_average(leaf)
-        for one, rows in zip(out, self.rows, strict=True):
+        for zero, leaf in itertools.product(everywhere[there, ZERO], self.halves):
+            term = np.abs(zero[self.at.slice(leaf)])
+            if 0 < term.min(where=term > 0, initial=np.inf) < _LEAST_HALF:
+                trouble.setdefault(leaf, self._cannot_be_told(leaf, None))
+        for one, rows in zip(out[here], self.rows[here], strict=True):
             momenta = shares.read_momenta(*one[:2], self.start, self.eps, self.at)
             found = shares.check_rows(one, rows, momenta, self.eps, self.at)
             trouble.update(self._troubles(found, one, which))
@@ -122,11 +141,14 @@ class Judge:
             share = np.array([self.at.spread(s) for s in known.share])
             return known._replace(values=zero / share)
 
-    def _share(self, old: float, dtype: Any, wider: Any) -> float | None:
-        key = old, dtype, wider
-        if key not in self._known:
-            self._known[key] = shares.share(*key)
-        return self._known[key]
+    def _share_of(self, momenta: shares.Momenta) -> list[float | None]:
+        found = []
+        for leaf, old in enumerate(momenta.old):
+            key = old, self.dtypes[leaf], self.wider[leaf]
+            if key not in self._known:
+                self._known[key] = shares.share(*key) if np.isfinite(old) else None
+            found.append(self._known[key])
+        return found
 
     def _troubles(
         self, found: shares.Check, out: np.ndarray, which: str
@@ -162,15 +184,21 @@ class Judge:
             f"keep={self.names[leaf].short!r}; a counter must have an integer dtype"
         )
 
-    def _cannot_be_told(self, leaf: int, old: float) -> ValueError:
+    def _cannot_be_told(self, leaf: int, old: float | None) -> ValueError:
         dtype = self.wider[leaf]
+        if old is None:
+            what = "(1 - a) * batch is so small that float16 has lost digits of it"
+        else:
+            what = (
+                f"1 - a is not known from a = {old:.9g} in {dtype}, rounded from a "
+                "number that is no short decimal, 1 - 2**-k or 1 - 1/n"
+            )
         return ValueError(
             f"batch_stats_fn: {self.names[leaf].path} is not a running average whose "
-            f"share of the batch, 1 - a, can be told: a = {old:.9g} in {dtype}, rounded "
-            "from a number that is no short decimal, 1 - 2**-k or 1 - 1/n. Give the "
-            "model one of those as its momentum, hold batch_stats in a wider dtype, or, "
-            "if it averages by a counter, start from statistics with that counter at 0; "
-            f"or leave the leaf as it is with keep={self.names[leaf].short!r}"
+            f"share of the batch can be told: {what}. Hold batch_stats in a wider dtype, "
+            "give the model a momentum of that kind, or, if it averages by a counter, "
+            "start from statistics with that counter at 0; or leave the leaf as it is "
+            f"with keep={self.names[leaf].short!r}"
         )
 
     def _follows(self, leaf: int, seen: np.ndarray) -> ValueError:

@@ -1,7 +1,7 @@
 """What the leaves of ``batch_stats`` are called, and what that says about them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath

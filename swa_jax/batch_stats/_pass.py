@@ -16,13 +16,13 @@ import numpy as np
 
 from swa_jax.batch_stats import _forward as forward
 from swa_jax.batch_stats._batches import BatchWeight, check_batches, weights_of
-from swa_jax.batch_stats._forward import BatchStatsFn, Layout, Outputs, PyTree
 from swa_jax.batch_stats._checks import (
     check_concrete,
     check_like,
     mapped_devices,
     without_device_axis,
 )
+from swa_jax.batch_stats._forward import BatchStatsFn, Layout, Outputs, PyTree
 from swa_jax.batch_stats._judge import Judge, Verdict, flat
 from swa_jax.batch_stats._leaves import Keep, Name, find_partners, kept_leaves, some
 from swa_jax.batch_stats._place import placed_like, to_device, to_host
@@ -321,7 +321,9 @@ class _Pass:
     def _begin(self, batch: PyTree) -> None:
         """Looks at the model, and decides how to run it."""
         look = self._look(batch, self.leaves)
-        check_like(look.new, jax.tree.unflatten(self.treedef, self._shapes(self.leaves)))
+        check_like(
+            look.new, jax.tree.unflatten(self.treedef, self._shapes(self.leaves))
+        )
         self.wider = self.fed = [x.dtype for x in self.leaves]
         floats = [(i, x) for i, x in enumerate(self.leaves) if i in self.own]
         narrow = {i for i, x in floats if jnp.finfo(x.dtype).bits < 32}
@@ -368,6 +370,9 @@ class _Pass:
         far = tuple(_far(self.fed[i], self.wider[i]) for i in order)
         fed = tuple(self.fed[i] for i in order)
         layout = Layout(self.treedef, order, fed, far)
+        if not order:
+            self.layout, self.device_sizes = layout, []
+            return
         self.judge = Judge(
             layout,
             [self.names[i] for i in order],
@@ -384,10 +389,11 @@ class _Pass:
     def _resize(self, layout: Layout) -> None:
         """Puts the sizes of the moved leaves where they are used."""
         dtypes = dict(zip(layout.moved, layout.dtypes, strict=True))
-        self.device_sizes = [self._placed(self.sizes[i], i, d) for i, d in dtypes.items()]
-        if dtypes:
-            sizes = to_host(self.device_sizes)
-            self.judge.resize(flat([x if self.devices else x[None] for x in sizes], 1)[0])
+        self.device_sizes = [
+            self._placed(self.sizes[i], i, d) for i, d in dtypes.items()
+        ]
+        sizes = to_host(self.device_sizes)
+        self.judge.resize(flat([x if self.devices else x[None] for x in sizes], 1)[0])
 
     def _placed(self, values: np.ndarray, leaf: int, dtype: Any) -> jax.Array:
         """Elements as a leaf, with the device axis if there is one."""
@@ -435,11 +441,8 @@ class _Pass:
     def _count(self, run: _Run) -> None:
         """Judges a batch and adds it to the totals."""
         run, verdict = self._settle(run)
-        weights = run.weights
-        if self.axis is not None and run.outputs.everywhere:
-            weights = _first_shard(run.outputs.everywhere[0])
         order = [self.eligible.index(i) for i in run.layout.moved]
-        for device, weight in enumerate(weights):
+        for device, weight in enumerate(self._weights(run)):
             touched = np.zeros(len(self.eligible), bool)
             values = np.zeros_like(self.totals.values)
             for place, e in enumerate(order):
@@ -452,6 +455,11 @@ class _Pass:
             self._check_training_mode(run)
             self.sparse = not run.layout.merged and not self.stateful
         self.last = run
+
+    def _weights(self, run: _Run) -> np.ndarray:
+        """The weights of a batch on all devices of the axis."""
+        gathered = run.outputs.everywhere
+        return _first_shard(gathered[0]) if gathered else run.weights
 
     def _settle(self, run: _Run) -> tuple[_Run, Verdict]:
         """Runs a batch again until it is known what it moves, and judges it.
@@ -473,7 +481,9 @@ class _Pass:
                 run = self._again(run, full=True)
                 continue
             idle = {
-                i for i, any_ in zip(moved, verdict.touched.any(0), strict=True) if not any_
+                i
+                for i, any_ in zip(moved, verdict.touched.any(0), strict=True)
+                if not any_
             }
             if verdict.trouble and idle:
                 # A frozen layer, run from 0, spoils what comes after it.
@@ -517,7 +527,8 @@ class _Pass:
         if self.axis is not None:
             everywhere = flat(list(map(_first_shard, run.outputs.everywhere[1:])), 2)
         if run.layout.full:
-            verdict = self.judge.judge(local, everywhere, run.which)
+            here, there = run.weights > 0, self._weights(run) > 0
+            verdict = self.judge.judge(local, everywhere, here, there, run.which)
             if self.sparse and not verdict.trouble:
                 self._check_share_held(verdict, run)
             self.known = verdict

@@ -80,18 +80,19 @@ def read_momenta(
       eps: spacing of floats at 1 in each leaf's dtype, shape (leaves,).
       at: where the leaves lie.
     """
-    slope = (far - zero) / start
-    low, high = at.least(slope), at.largest(slope)
+    with np.errstate(invalid="ignore", over="ignore"):
+        slope = (far - zero) / start
+        low, high = at.least(slope), at.largest(slope)
+        constant = high - low <= _ROUNDINGS * eps
     old = high.copy()
     # The batch's term rounds away first where it is smallest.
     for leaf in np.flatnonzero(low != high):
         part = at.slice(leaf)
         old[leaf] = slope[part][np.argmin(np.abs(zero[part]))]
-    slack = _ROUNDINGS * eps
     adds = (high >= 1) & (at.largest(np.abs(zero)) > 0)
     return Momenta(
         old=np.clip(old, 0.0, 1.0),
-        constant=(low >= -slack) & (high <= 1) & (high - low <= slack) & ~adds,
+        constant=constant & (low >= -_ROUNDINGS * eps) & (high <= 1) & ~adds,
         idle=at.least((far == start) & (zero == 0)),
     )
 

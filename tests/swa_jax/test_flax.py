@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from flax import nnx
 from flax.core import freeze
@@ -125,6 +126,31 @@ def test_msgpack_round_trip_continues_bit_for_bit(what, steps):
     assert bits(read[0]) == bits(read[1])
 
 
+def test_train_state_that_swa_joins():
+    state = make_train_state()
+    state = swa_jax.with_num_updates(state.replace(step=3), 3)
+    assert (state.step, int(swa_jax.swa_state(state).num_updates)) == (3, 3)
+    assert int(swa_jax.swa_state(linen_step(state)).num_averaged) == 1  # update 4
+
+
+def test_checkpoints_restored_without_their_structure(tmp_path):
+    state = make_train_state()
+    restored = {
+        r"\['1'\]": flax.serialization.msgpack_restore(
+            flax.serialization.to_bytes(state.opt_state)
+        )
+    }
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state.opt_state)
+        checkpointer.wait_until_finished()
+        restored[r"\[1\]"] = checkpointer.restore(tmp_path / "state")
+    for path, opt_state in restored.items():
+        with pytest.raises(
+            ValueError, match=rf"at opt_state{path}.* lost its structure.*from_bytes"
+        ):
+            swa_jax.swa_params(opt_state, state.params)
+
+
 def test_msgpack_of_an_average_driven_from_a_loop():
     models = [
         {"w": jnp.full(3, x), "h": jnp.full(2, x, jnp.bfloat16)} for x in (1.0, 4.0)
@@ -201,7 +227,52 @@ def test_nnx_optimizer():
 def test_nnx_before_the_first_model():
     model, optimizer, _ = train_nnx(1)
     params = nnx.state(model, nnx.Param)
-    assert bits(swa_jax.swa_params(optimizer, params)) == bits(params)
+    average = swa_jax.swa_params(optimizer, params, allow_empty=True)
+    assert bits(average) == bits(params)
+
+
+@pytest.mark.parametrize("what", ["model", "everything"])
+def test_nnx_something_else_in_place_of_the_parameters(what):
+    model, optimizer, _ = train_nnx(2)
+    params = model if what == "model" else nnx.state(model)
+    with pytest.raises(
+        ValueError, match=r"holds no average.*nnx.state\(model, nnx.Par"
+    ):
+        swa_jax.swa_params(optimizer, params)
+
+
+def test_nnx_state_of_the_optimizer():
+    model, optimizer, _ = train_nnx(2)
+    params = nnx.state(model, nnx.Param)
+    with pytest.raises(
+        ValueError,
+        match=r"a State.* at opt_state\['opt_state'\]\[1\].*pass the nnx.Opt",
+    ):
+        swa_jax.swa_params(nnx.state(optimizer), params)
+    with pytest.raises(ValueError, match="swapped"):
+        swa_jax.swa_params(params, optimizer)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "opt_state"])
+def test_nnx_swa_joins_a_run_under_way(part):
+    """Two updates without, as far as swa() knows: number 4 is then averaged."""
+    model, optimizer, _ = train_nnx(0)
+    before = bits(optimizer)
+    if part == "optimizer":
+        changed = swa_jax.with_num_updates(optimizer, optimizer.step + 2)
+        assert bits(optimizer) == before  # it is pure
+        optimizer = changed
+    else:
+        optimizer.opt_state = swa_jax.with_num_updates(optimizer.opt_state, 2)
+    assert isinstance(optimizer, nnx.Optimizer)
+    history = []
+    for _ in range(2):
+        nnx_step(model, optimizer)
+        history.append(jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    state = swa_jax.swa_state(optimizer)
+    assert (int(state.num_updates), int(state.num_averaged)) == (4, 1)
+    average = swa_jax.swa_params(optimizer, nnx.state(model, nnx.Param))
+    assert_mean(nnx.to_pure_dict(average), history[1:])
 
 
 def test_nnx_training_goes_on_after_reading():

@@ -1,9 +1,12 @@
 """The published hyperparameters: when `SWA` acts, what it does, and that it is pure."""
 
+import collections
+import copy
 import dataclasses
 import fractions
 import inspect
 import math
+import pickle
 from typing import Any
 
 import chex
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -406,6 +410,102 @@ def test_anneal_stays_in_epochs_when_averaging_in_batches():
     np.testing.assert_allclose(rates, expected, rtol=3 * U, atol=0)
 
 
+@pytest.mark.parametrize("epoch", [3, 4], ids=["the epoch's own", "counted on"])
+def test_training_that_stops_at_swa_end_gets_statistics_of_the_average(epoch):
+    """No step followed: what training left are the statistics of other weights."""
+    recipe = SWA("2ep", swa_end="4ep")
+    state, extras = network_state()
+    state = recipe.apply(Event.TRAINING_START, state._replace(num_epochs=6))
+    for n in range(4):
+        state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, n, float(n + 1)))
+    state = state._replace(epoch=epoch)
+    with pytest.raises(ValueError, match="batch_stats_fn must be a function"):
+        recipe.apply(Event.TRAINING_END, state)
+    final = recipe.apply(Event.TRAINING_END, state, **extras)
+    np.testing.assert_array_equal(final.params["w"], [3.0, 3.0])  # of 2, 3, 4
+    rows = 3 * np.concatenate([np.asarray(b) for b in extras["train_batches"]()])
+    np.testing.assert_allclose(final.batch_stats["mean"], rows.mean(0), rtol=8 * U)
+    np.testing.assert_allclose(final.batch_stats["var"], rows.var(0), rtol=32 * U)
+    # One step, however small, and the statistics are those of training.
+    w = jnp.asarray(np.nextafter(np.float32([3, 3]), np.float32(4)))
+    state = state._replace(params={"w": w}, batch_stats={"mean": 5.0, "var": 6.0})
+    assert recipe.apply(Event.TRAINING_END, state, **extras) is state
+
+
+@pytest.mark.parametrize("skipped", [False, True], ids=["missed", "not finite"])
+def test_swa_end_without_any_model_installs_nothing(skipped):
+    recipe = SWA("2ep", swa_end="4ep", update_interval="3ep", skip_nonfinite=True)
+    state = recipe.apply(Event.TRAINING_START, fresh_state(6))
+    if skipped:
+        state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, 1, math.nan))
+    state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, 3, 4.0))
+    np.testing.assert_array_equal(state.params["w"], [4.0, 4.0])
+    assert not state.swa.installed
+    if not skipped:  # the rate that a restart finds is that of the loop
+        assert recipe.apply(Event.TRAINING_START, state).learning_rate == 0.1
+    state = at_epoch_end(state, 5, 8.0)
+    with pytest.warns(UserWarning, match="before any model was averaged"):
+        assert recipe.apply(Event.TRAINING_END, state) is state
+
+
+# Models that are not finite.
+
+
+@pytest.mark.parametrize("interval", ["1ep", "2ba"])
+@pytest.mark.parametrize("bad", [[5], [7], [5, 6, 9]], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_both_forms_leave_out_the_same_models(interval, bad, value):
+    """Weights by hand, w = epoch squared; those of some epochs are not finite.
+
+    The rates are those of a run in which all were averaged.
+    """
+    recipe = SWA(0.5, 4, 0.0, update_interval=interval, skip_nonfinite=True)
+    epochs, steps = 10, 4
+    schedule = recipe.schedule(0.4, epochs, steps)
+    tx = recipe.transform(epochs, steps)
+    weights = [value if e in bad else float(e * e) for e in range(epochs)]
+    opt_state = tx.init({"w": jnp.zeros(2)})
+    state = fresh_state(epochs, learning_rate=0.4, steps_per_epoch=steps, num_updates=0)
+    state = recipe.apply(Event.TRAINING_START, state)
+    for epoch, weight in enumerate(weights):
+        state = at_epoch_end(state, epoch, weight)
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            np.testing.assert_allclose(
+                state.learning_rate, schedule(step), rtol=4 * U, atol=4 * U
+            )
+            _, opt_state = tx.update({"w": jnp.zeros(2)}, opt_state, state.params)
+            state = state._replace(num_updates=step + 1)
+            state = recipe.apply(Event.BATCH_END, state)
+        state = recipe.apply(Event.EPOCH_END, state)
+        assert state.swa.average.num_averaged == opt_state.num_averaged
+    sampled = dict.fromkeys(range(5, 10), 1)
+    if interval == "2ba":  # from the end of epoch 5 on: its last batch, then two each
+        sampled = {e: 1 if e == 5 else 2 for e in sampled}
+    good = {e: n for e, n in sampled.items() if e not in bad}
+    mean = sum(n * e * e for e, n in good.items()) / sum(good.values())
+    assert opt_state.num_averaged == sum(good.values())
+    for average in (
+        swa_jax.swa_params(opt_state, state.params),
+        recipe.apply(Event.TRAINING_END, state).params,
+    ):
+        np.testing.assert_allclose(average["w"], [mean, mean], rtol=16 * U)
+
+
+def test_without_the_guard_a_model_that_is_not_finite_enters():
+    state = run(SWA(), [1.0] * 9 + [math.nan], fresh_state())
+    assert np.isnan(state.params["w"]).all()
+
+
+def test_the_logger_tells_of_a_model_that_was_left_out():
+    recipe, logged = SWA(0.5, skip_nonfinite=True), []
+    state = recipe.apply(Event.TRAINING_START, fresh_state(4))
+    for epoch, weight in ((2, 3.0), (3, math.nan)):
+        state = at_epoch_end(state, epoch, weight)
+        state = recipe.apply(Event.EPOCH_END, state, logged.append)
+    assert [line["swa/num_averaged"] for line in logged] == [1.0, 1.0]
+    assert math.isnan(logged[1]["swa/distance"])
+
+
 # Purity.
 
 
@@ -488,6 +588,28 @@ def test_state_is_a_pytree_of_arrays_that_resumes_in_mid_anneal(end):
     again, restarted = train(restarts=True)
     assert again == rates
     chex.assert_trees_all_equal(restarted, uninterrupted)
+
+
+def test_state_survives_orbax(tmp_path):
+    """Restored into what TRAINING_START creates, also after models were averaged."""
+    recipe = SWA(0.5, 3, 0.01)
+    blank = recipe.apply(Event.TRAINING_START, fresh_state())
+    state = recipe.apply(Event.EPOCH_END, at_epoch_end(blank, 5, 2.0))
+    state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, 7, 4.0))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "swa", state.swa)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "swa", blank.swa)
+    assert type(back) is type(state.swa)
+    chex.assert_trees_all_equal(back, state.swa)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state.swa)
+    restored = recipe.apply(Event.TRAINING_START, fresh_state(swa=back))
+    assert restored.learning_rate == state.learning_rate
+    with pytest.raises(ValueError, match="epoch 7 already"):
+        recipe.apply(Event.EPOCH_END, restored._replace(epoch=7))
+    whole = at_epoch_end(restored, 8, 9.0)
+    whole = recipe.apply(Event.TRAINING_END, recipe.apply(Event.EPOCH_END, whole))
+    np.testing.assert_array_equal(whole.params["w"], [5.0, 5.0])  # of 2, 4, 9
 
 
 def test_types_and_compilations_are_stable(caplog):
@@ -585,6 +707,41 @@ def test_logger_receives_the_methods_own_metrics():
     assert all(type(v) is float for line in logged for v in line.values())
 
 
+# Under JAX's strict settings.
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("rate", [float, np.float32, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_apply_under_strict_settings(request, bits, rate, dtype):
+    """No implicit promotion, no implicit transfer: the same rates and average."""
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    elif dtype == jnp.float64:
+        pytest.skip("float64 needs 64-bit types")
+    recipe = SWA("1ep", 2, rate(0.0625), anneal_strategy="linear", swa_end="4ep")
+    weights = [jnp.full(2, 2.0**n, dtype) for n in range(4)]
+    state = fresh_state(5, params={"w": weights[0]}, learning_rate=rate(0.5))
+    logged, rates = [], []
+    strict = jax.numpy_dtype_promotion("strict"), jax.transfer_guard("disallow")
+    with strict[0], strict[1]:
+        state = recipe.apply(Event.TRAINING_START, state)
+        for epoch, w in enumerate(weights):
+            state = state._replace(epoch=epoch, params={"w": w})
+            state = recipe.apply(Event.EPOCH_END, state, logged.append)
+            rates.append(state.learning_rate)
+        state = recipe.apply(Event.TRAINING_END, state)
+    np.testing.assert_array_equal(rates, [0.28125, 0.0625, 0.0625, 0.0625])
+    np.testing.assert_array_equal(state.params["w"].astype(float), [3.75, 3.75])
+    assert state.params["w"].dtype == dtype
+    distances = [0, 0.5, 5 / 3, 4.25]  # of 2**n from the mean of 1, 2, ..., 2**n
+    np.testing.assert_allclose(
+        [line["swa/distance"] for line in logged],
+        np.sqrt(2) * np.array(distances),
+        rtol=4 * U,
+    )
+
+
 # Things a user might do wrong.
 
 
@@ -621,6 +778,8 @@ def test_logger_receives_the_methods_own_metrics():
         ({"update_interval": 1}, TypeError, "update_interval must be a time string"),
         ({"update_interval": "0ep"}, ValueError, "at least one epoch or batch"),
         ({"update_interval": "0.1dur"}, ValueError, "at least one epoch or batch"),
+        ({"anneal_epochs": True}, TypeError, "anneal_epochs must be an integer"),
+        ({"skip_nonfinite": "yes"}, TypeError, "skip_nonfinite must be True or False"),
     ],
     ids=str,
 )
@@ -687,10 +846,43 @@ def test_epochs_from_1_are_found_before_the_last_one_is_trained():
 def test_an_epoch_is_averaged_once():
     state = SWA(0.5).apply(Event.TRAINING_START, fresh_state(epoch=5))
     state = SWA(0.5).apply(Event.EPOCH_END, state)
-    with pytest.raises(ValueError, match=r"1 models .* number 1: it was applied twice"):
+    with pytest.raises(ValueError, match=r"taken up epoch 5 already.* applied twice"):
         SWA(0.5).apply(Event.EPOCH_END, state)
     state = SWA(0.5).apply(Event.EPOCH_END, state._replace(epoch=6))
     assert int(state.swa.average.num_averaged) == 2
+
+
+def test_an_epoch_is_averaged_once_also_after_one_was_missed():
+    """So the number of averaged models does not tell: 2 after three epochs."""
+    state = SWA(0.5).apply(Event.TRAINING_START, fresh_state())
+    for epoch in (5, 7):
+        state = SWA(0.5).apply(
+            Event.EPOCH_END, at_epoch_end(state, epoch, float(epoch))
+        )
+    for epoch in (7, 6, 5):
+        with pytest.raises(ValueError, match=f"epoch 7 already, at the end.*{epoch}:"):
+            SWA(0.5).apply(Event.EPOCH_END, state._replace(epoch=epoch))
+    state = SWA(0.5).apply(Event.EPOCH_END, at_epoch_end(state, 8, 9.0))
+    final = SWA(0.5).apply(Event.TRAINING_END, state)
+    np.testing.assert_array_equal(final.params["w"], [7.0, 7.0])  # of 5, 7, 9
+
+
+def test_a_batch_is_averaged_once():
+    recipe = SWA("4ba", update_interval="2ba")
+    state = fresh_state(2, steps_per_epoch=5, num_updates=4)
+    state = recipe.apply(Event.TRAINING_START, state)
+    state = recipe.apply(Event.BATCH_END, state)
+    with pytest.raises(ValueError, match=r"batch 4 already.*once an optimizer update"):
+        recipe.apply(Event.BATCH_END, state)
+
+
+def test_the_average_of_a_shorter_run_is_not_continued():
+    """Of ten epochs from the 9th on, of twelve from the 10th on: 9 is in it."""
+    state = run(SWA(), [1.0] * 10, fresh_state())
+    state = state._replace(num_epochs=12, epoch=10)
+    for event in (Event.TRAINING_START, Event.EPOCH_END):
+        with pytest.raises(ValueError, match=r"from epoch 8 on, .*with epoch 9:"):
+            SWA().apply(event, state)
 
 
 @pytest.mark.parametrize(
@@ -742,6 +934,169 @@ def test_batches_need_their_count():
         recipe.match(Event.BATCH_END, state)
     with pytest.raises(ValueError, match="at most num_epochs"):
         recipe.match(Event.BATCH_END, state._replace(num_updates=101))
+
+
+TOO_LONG = [(2**31, 1), (1, 2**31), (2**16, 2**15), (46341, 46341), (2**40, 2**40)]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize(("epochs", "steps"), TOO_LONG)
+def test_more_updates_than_int32_counts_are_refused(request, bits, epochs, steps):
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    for make in (SWA().transform, lambda *a: SWA().schedule(0.1, *a)):
+        with pytest.raises(ValueError, match=r"num_epochs|steps_per_epoch.*2147483647"):
+            make(epochs, steps)
+    state = fresh_state(epochs, steps_per_epoch=steps)
+    with pytest.raises(ValueError, match="2147483647"):
+        SWA(update_interval="1ba").apply(Event.TRAINING_START, state)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("interval", ["1ep", "1ba", "9ep", "3000000000ba"])
+def test_the_longest_run(request, bits, interval):
+    """2**31 - 1 updates, an anneal that outlasts them, an interval beyond int32."""
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    epochs, steps = 1, 2**31 - 1
+    if interval[-2:] == "ep":
+        epochs, steps = steps, epochs
+    recipe = SWA(
+        0.5, 2**31 - 1, 0.0, anneal_strategy="linear", update_interval=interval
+    )
+    recipe.transform(epochs, steps)
+    schedule = recipe.schedule(0.5, epochs, steps)
+    period = int(interval[:-2])
+    # Counted from 0, epoch int(0.5 N) is averaged first; of one, the only one.
+    first = epochs // 2 + 1 if epochs > 1 else steps
+    for step in (0, first - 1, first, 2**31 - 2):
+        number = max(0, (step - first) // period + 1)
+        expected = 0.5 * (1 - min(1.0, number * period / ((2**31 - 1) * steps)))
+        np.testing.assert_allclose(schedule(step), expected, rtol=4 * U)
+    state = fresh_state(
+        epochs, steps_per_epoch=steps, num_updates=first, epoch=(first - 1) // steps
+    )
+    state = recipe.apply(Event.TRAINING_START, state)
+    event = Event.EPOCH_END if interval[-2:] == "ep" else Event.BATCH_END
+    state = recipe.apply(event, state._replace(learning_rate=0.5))
+    expected = 0.5 * (1 - min(1.0, period / ((2**31 - 1) * steps)))
+    np.testing.assert_allclose(state.learning_rate, expected, rtol=4 * U)
+
+
+@pytest.mark.parametrize("method", ["match", "apply"])
+def test_swapped_arguments(method):
+    state = fresh_state(params={"w": jnp.arange(1000.0)})
+    with pytest.raises(TypeError, match=r"got <Event.*the event comes first") as error:
+        getattr(SWA(), method)(state, Event.EPOCH_END)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("state", [None, {"epoch": 3}, jnp.zeros(1000), "state"])
+@pytest.mark.parametrize("method", ["match", "apply"])
+def test_another_state_than_a_training_state(method, state):
+    message = r"state must be a swa_jax.TrainingState, got .*lacks epoch"
+    with pytest.raises(TypeError, match=message) as error:
+        getattr(SWA(), method)(Event.EPOCH_END, state)
+    assert len(str(error.value)) < 300
+
+
+def test_a_training_state_may_carry_more():
+    more = collections.namedtuple("More", [*TrainingState._fields, "opt_state"])
+    state = run(SWA(), [1.0] * 10, more(*fresh_state(), opt_state="mine"))
+    assert state.opt_state == "mine"
+
+
+@pytest.mark.parametrize("event", [Event.TRAINING_START, Event.EPOCH_START])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_batches", [jnp.arange(1000.0)] * 50),
+        ("train_batches", jnp.zeros((100, 100))),
+        ("batch_stats_fn", {"mean": jnp.zeros(1000)}),
+        ("logger", []),
+    ],
+)
+def test_what_is_no_function_is_found_at_the_start(event, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a function or None") as error:
+        SWA().apply(event, fresh_state(), **{name: value})
+    assert len(str(error.value)) < 300
+
+
+def test_train_batches_that_returns_a_function():
+    state, extras = network_state()
+    state = SWA().apply(Event.TRAINING_START, state)
+    state = SWA().apply(Event.EPOCH_END, at_epoch_end(state, 9, 3.0))
+    batches = extras["train_batches"]
+    with pytest.raises(TypeError, match=r"train_batches must return batches.*function"):
+        SWA().apply(
+            Event.TRAINING_END, state, **{**extras, "train_batches": lambda: batches}
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epoch": 3.0}, "state.epoch must be an integer known outside jit, got 3.0"),
+        ({"epoch": True}, "state.epoch must be an integer"),
+        ({"num_epochs": "10"}, "num_epochs must be an integer .*got '10' of type str"),
+        ({"num_epochs": 10.0}, "num_epochs must be an integer"),
+        ({"steps_per_epoch": 2.5}, "steps_per_epoch must be an integer"),
+        ({"epoch": np.arange(99)}, r"state.epoch .*got an array of shape \(99,\)"),
+        (
+            {"learning_rate": optax.constant_schedule(0.1)},
+            "state.learning_rate must be a learning rate.*value at this step",
+        ),
+    ],
+    ids=str,
+)
+def test_numbers_of_another_kind(fields, message):
+    with pytest.raises(TypeError, match=message):
+        SWA().apply(Event.EPOCH_START, fresh_state(**fields))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda recipe: optax.chain(optax.sgd(0.1), recipe),
+        lambda recipe: optax.named_chain(("swa", recipe)),
+        lambda recipe: optax.MultiSteps(recipe, 2).init({}),
+        lambda recipe: optax.masked(recipe, True),
+        lambda recipe: optax.with_extra_args_support(recipe),
+        lambda recipe: recipe.init({}),
+        lambda recipe: recipe.update({}, None),
+    ],
+)
+def test_a_recipe_is_no_transformation(use):
+    with pytest.raises(TypeError, match=r"SWA\(...\).transform\(num_epochs, steps_per"):
+        use(SWA())
+
+
+def test_a_recipe_stays_an_ordinary_object():
+    assert not hasattr(SWA(), "init")
+    assert getattr(SWA(), "update", None) is None
+    recipe = SWA("2ep", 3, 0.1, skip_nonfinite=True)
+    assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
+    assert dataclasses.replace(recipe, skip_nonfinite=False) == SWA("2ep", 3, 0.1)
+    assert "init" not in {field.name for field in dataclasses.fields(recipe)}
+
+
+def test_batches_are_averaged_inside_jit_as_outside():
+    recipe = SWA("1ep", 1, 0.0, update_interval="2ba", anneal_strategy="linear")
+    state = fresh_state(4, steps_per_epoch=4, num_updates=0)
+    swa = recipe.apply(Event.TRAINING_START, state).swa
+    for updates in (4, 6):
+        w = jnp.full(2, float(updates))
+        here = state._replace(num_updates=updates, params={"w": w}, learning_rate=0.5)
+
+        def average(swa, here=here):
+            new = recipe.apply(Event.BATCH_END, here._replace(swa=swa))
+            return new.swa, new.learning_rate
+
+        expected = average(swa)
+        swa, rate = jax.jit(average)(swa)
+        chex.assert_trees_all_equal((swa, rate), expected)
+    assert (int(swa.first_tick), int(swa.last_tick), float(rate)) == (4, 6, 0.0)
+    np.testing.assert_array_equal(swa.average.avg_params["w"], [5.0, 5.0])
 
 
 def test_epochs_inside_jit_are_refused():

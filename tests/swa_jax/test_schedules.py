@@ -233,6 +233,146 @@ def test_step_of_an_nnx_optimizer():
     assert float(SHORT["swa"](optimizer.step[...])) == np.float32(0.4)
 
 
+# In NumPy's float64, from the docstrings' formulas, with 0.4 and 0.01 or so as rates.
+ORACLES = {
+    "cosine": (
+        lambda top, low: swa_jax.cosine_to_constant_schedule(
+            top, low, 40, warmup_steps=7
+        ),
+        lambda top, low, t: (
+            top * t / 7
+            if t < 7
+            else top + (low - top) * CURVES["cos"](min(1.0, (t - 7) / 33))
+        ),
+    ),
+    "swa": (
+        lambda top, low: swa_jax.swa_schedule(top, low, 11, 27, update_every=4),
+        lambda top, low, t: (
+            top + (low - top) * CURVES["cos"](min(1.0, max(0, (t - 11) // 4 * 4 / 27)))
+        ),
+    ),
+    "linear": (
+        lambda top, low: swa_jax.linear_to_constant_schedule(top, low, 40),
+        lambda top, low, t: top + (low - top) * min(1.0, max(0, (t / 40 - 0.5) / 0.4)),
+    ),
+    "cyclic": (
+        lambda top, low: swa_jax.cyclic_schedule(top, low, 7),
+        lambda top, low, t: top + (low - top) * (t % 7 + 1) / 7,
+    ),
+    "recipe": (  # of 13 epochs of 3 steps the first is that of the end of epoch 6
+        lambda top, low: swa_jax.SWA(0.5, 5, low).schedule(top, 13, 3),
+        lambda top, low, t: (
+            top + (low - top) * CURVES["cos"](min(1.0, max(0, (t // 3 - 6) / 5)))
+        ),
+    ),
+}
+STEP_KINDS = (int, np.int64, jnp.int32, jnp.uint32, jnp.int64, float, jnp.float32)
+RATE_KINDS = (float, np.float32, jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+@pytest.mark.parametrize("name", ORACLES)
+def test_steps_and_rates_of_any_kind_under_strict_settings(
+    request, name, promotion, bits
+):
+    """No transfer but explicit ones, and no promotion that is not asked for."""
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    make, oracle = ORACLES[name]
+    step_kinds = [kind for kind in STEP_KINDS if bits == 64 or kind is not jnp.int64]
+    for rate_kind in RATE_KINDS:
+        top, low = rate_kind(0.4), rate_kind(0.0123)
+        steps = {(k, t): k(t) for k in step_kinds for t in (3, 24)}
+        on_device = {t: jnp.int32(t) for t in (3, 24)}
+        with jax.numpy_dtype_promotion(promotion), jax.transfer_guard("disallow"):
+            schedule = make(top, low)
+            rates = {key: schedule(step) for key, step in steps.items()}
+            traced = jax.jit(schedule)
+            rates |= {("traced", t): traced(step) for t, step in on_device.items()}
+        for (step_kind, t), rate in rates.items():
+            assert rate.shape == ()
+            wide = bits == 64 and step_kind in (np.int64, jnp.int64)
+            wide |= bits == 64 and step_kind in (int, float) and rate_kind is float
+            assert rate.dtype == (jnp.float64 if wide else jnp.float32), step_kind
+            expected = oracle(float(top), float(low), t)
+            exact = wide and rate_kind is float
+            np.testing.assert_allclose(
+                rate, expected, rtol=0, atol=1e-15 if exact else 4e-7
+            )
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("name", ["swa", "recipe"])
+def test_optax_schedules_as_base_under_strict_settings(request, name, bits):
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    schedule = ORACLES[name][0](optax.cosine_decay_schedule(0.4, 80), 0.01)
+    step = jnp.int32(5)
+    with jax.numpy_dtype_promotion("strict"), jax.transfer_guard("disallow"):
+        rate = schedule(step)
+    expected = 0.4 * (1 + np.cos(np.pi * 5 / 80)) / 2
+    np.testing.assert_allclose(rate, expected, rtol=1e-6)
+
+
+LONG = 2**31 - 1
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32, int])
+def test_the_longest_schedules_that_can_be_counted(request, bits, dtype):
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    schedules = {
+        "cosine": swa_jax.cosine_to_constant_schedule(
+            0.4, 0.1, LONG, warmup_steps=LONG
+        ),
+        "swa": swa_jax.swa_schedule(0.4, 0.1, LONG - 8, LONG, strategy="linear"),
+        "late": swa_jax.swa_schedule(0.4, 0.1, 0, LONG, update_every=LONG),
+        "linear": swa_jax.linear_to_constant_schedule(0.4, 0.1, LONG),
+        "cyclic": swa_jax.cyclic_schedule(0.4, 0.1, LONG),
+    }
+    oracles = {
+        "cosine": lambda t: 0.4 * t / LONG if t < LONG else 0.1,
+        "swa": lambda t: 0.4 - 0.3 * max(0, t - LONG + 8) / LONG,
+        "late": lambda t: 0.4 if t < LONG else 0.1,
+        "linear": lambda t: 0.4 - 0.3 * min(1, max(0, (t / LONG - 0.5) / 0.4)),
+        "cyclic": lambda t: 0.4 - 0.3 * (t % LONG + 1) / LONG,
+    }
+    for name, schedule in schedules.items():
+        for t in (0, 1, 2**30, 2**30 + 2**29, LONG - 1000, LONG):
+            rate = schedule(dtype(t))
+            np.testing.assert_allclose(rate, oracles[name](t), atol=4e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("length", [2**31, 2**40, np.int64(2**31)])
+def test_longer_ones_are_refused_when_they_are_made(request, bits, length):
+    if bits == 64:
+        request.getfixturevalue("enable_x64")
+    for make in (
+        lambda: COSINE(0.1, 0.05, length),
+        lambda: COSINE(0.1, 0.05, 3, warmup_steps=length),
+        lambda: SWA(0.1, 0.05, length, 1),
+        lambda: SWA(0.1, 0.05, 1, length),
+        lambda: SWA(0.1, 0.05, 1, 1, update_every=length),
+        lambda: LINEAR(0.1, 0.05, length),
+        lambda: CYCLIC(0.1, 0.05, length),
+    ):
+        with pytest.raises(ValueError, match=r"must be at most 2147483647 \(steps\)"):
+            make()
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_steps_that_would_wrap_around(name):
+    """A host's integers are refused; a counter on the device stays at its end."""
+    for step in (2**31, np.int64(2**40), np.uint32(2**31)):
+        with pytest.raises(ValueError, match=r"step must be at most 2147483647, got"):
+            SHORT[name](step)
+    stays = [SHORT[name](jnp.uint32(t)) for t in (2**31 - 1, 2**31, 2**32 - 1)]
+    assert stays[0] == stays[1] == stays[2] == SHORT[name](2**31 - 1)
+
+
 COSINE = swa_jax.cosine_to_constant_schedule
 SWA = swa_jax.swa_schedule
 LINEAR = swa_jax.linear_to_constant_schedule
@@ -302,9 +442,12 @@ def test_rates_are_checked_when_a_schedule_is_made(name):
     for rate in (-0.1, np.nan, np.float32(np.inf), jnp.array(-1.0)):
         with pytest.raises(ValueError, match=f"{name.strip()} must be finite and not"):
             RATES[name](rate)
-    for rate in ("0.1", [0.1, 0.2], np.ones(1), True):
-        with pytest.raises(TypeError, match=f"{name.strip()} must be a learning rate"):
+    wrong = ("0.1", [0.1, 0.2], np.ones(1), True, np.bool_(True), jnp.array(1j))
+    for rate in (*wrong, jax.random.key(0), jnp.arange(1000.0)):
+        message = f"{name.strip()} must be a learning rate"
+        with pytest.raises(TypeError, match=message) as error:
             RATES[name](rate)
+        assert len(str(error.value)) < 300
     jax.jit(lambda rate: RATES[name](rate)(1))(0.1)  # not known yet: passes
 
 

@@ -8,83 +8,46 @@ sample and one anneal for the rate.
 """
 
 import dataclasses
-import enum
-import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from swa_jax._reading import swa_params
 from swa_jax.averaging import SWAState, averaged_with, init_average
-from swa_jax.batch_stats import BatchStatsFn, PyTree, recompute_batch_stats
-from swa_jax.placement import beside, is_traced
+from swa_jax.batch_stats import BatchStatsFn
+from swa_jax.placement import PyTree, is_traced
+from swa_jax.recipe.ends import finish, install
+from swa_jax.recipe.metrics import finite, metrics
+from swa_jax.recipe.state import (
+    Event,
+    RecipeState,
+    TrainingState,
+    check_arguments,
+    check_carried,
+    check_functions,
+    check_new,
+    check_window,
+    current_tick,
+    first_or,
+    tick_event,
+)
+from swa_jax.scalars import check_count, check_rate, known, shown
 from swa_jax.schedules import (
     Strategy,
+    anneal,
     as_schedule,
     as_step,
-    check_rate,
     check_strategy,
-    swa_schedule,
+    scalar_arithmetic,
 )
-from swa_jax.timing import Length, Window, check_count, parse_time, window
-from swa_jax.transform import swa, swa_params
+from swa_jax.timing import Length, Window, parse_time, window
+from swa_jax.transform import swa
 
 Logger = Callable[[dict[str, float]], object]
-
-
-class Event(enum.StrEnum):
-    """Moments of a training loop, in the order in which they come."""
-
-    TRAINING_START = "training_start"
-    EPOCH_START = "epoch_start"
-    BATCH_START = "batch_start"
-    BATCH_END = "batch_end"
-    EPOCH_END = "epoch_end"
-    TRAINING_END = "training_end"
-
-
-class RecipeState(NamedTuple):
-    """What ``SWA.apply`` carries from event to event: arrays only.
-
-    Attributes:
-      average: the average, an ``SWAState``.
-      initial_lr: float scalar, the learning rate that the anneal starts from: the one
-        at the first averaged model, 0 before.
-      installed: bool scalar, whether training went on from the average (``swa_end``).
-    """
-
-    average: SWAState
-    initial_lr: jax.Array  # float32, shape ()
-    installed: jax.Array  # bool, shape ()
-
-
-class TrainingState(NamedTuple):
-    """What a training loop shows to ``SWA.match`` and ``SWA.apply``.
-
-    Attributes:
-      epoch: int, the current epoch, counted from 0: ``num_epochs - 1`` in the last.
-      num_epochs: int, the epochs of the whole run.
-      params: pytree of arrays, the weights.
-      batch_stats: pytree of arrays, running statistics of normalisation; empty (``{}``
-        or ``None``) for a model that has none.
-      learning_rate: float scalar, the rate that the optimizer uses now.
-      swa: pytree, the method's own state; ``None`` before ``TRAINING_START``.
-      num_updates: int, optimizer updates made so far in all epochs. Needed where
-        models are averaged every so many batches.
-      steps_per_epoch: int, batches in an epoch. Needed for times given in batches.
-    """
-
-    epoch: int
-    num_epochs: int
-    params: PyTree
-    batch_stats: PyTree
-    learning_rate: jax.typing.ArrayLike
-    swa: RecipeState | None = None
-    num_updates: int | None = None
-    steps_per_epoch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +90,9 @@ class SWA:
         the learning rate as often. ``anneal_epochs`` stays in epochs. In batches,
         ``match`` acts on ``BATCH_END`` and ``TrainingState`` must tell
         ``num_updates`` and ``steps_per_epoch``.
+      skip_nonfinite: leave a model with any NaN or infinity out of the average. The
+        learning rate moves on as if it had been averaged, in both forms. ``apply``
+        waits for the weights then.
 
     Raises:
       TypeError: a value of the wrong kind.
@@ -160,6 +126,7 @@ class SWA:
     anneal_strategy: Strategy = "cos"
     swa_end: str | None = None
     update_interval: str = "1ep"
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         _check_start(self.swa_start)
@@ -175,8 +142,20 @@ class SWA:
                 "update_interval must be at least one epoch or batch, such as "
                 f'"1ep" or "100ba", got {self.update_interval!r}'
             )
+        if not isinstance(self.skip_nonfinite, bool | np.bool_):
+            raise TypeError(
+                "skip_nonfinite must be True or False, got "
+                f"{shown(self.skip_nonfinite)}"
+            )
 
     # Inside optax.
+
+    @property
+    def init(self) -> NoReturn:
+        """Not there: what optax looks for in a transformation."""
+        raise _NotATransformationError(_NO_TRANSFORMATION)
+
+    update = init
 
     def schedule(
         self, base: optax.ScalarOrSchedule, num_epochs: int, steps_per_epoch: int
@@ -193,7 +172,8 @@ class SWA:
           whose weights are averaged first, then the anneal.
 
         Raises:
-          ValueError: nothing would be averaged, or a number below 1.
+          ValueError: nothing would be averaged, a number below 1, or more updates than
+            int32 counts.
           TypeError: a number that is no integer, or a ``base`` that is neither a rate
             nor a schedule.
         """
@@ -201,14 +181,13 @@ class SWA:
         when, size = self._window(length), self._tick_size(length)
         base = as_schedule(base)
 
+        @scalar_arithmetic()
         def schedule(step: Any) -> jax.Array:
             step = as_step(step)
-            # Over `step` ended ticks, so many models have been averaged.
-            last_sampled = jnp.minimum(step // size, when.last)
-            num_averaged = (last_sampled - when.first) // when.period + 1
+            number = when.number(jnp.minimum(step // size, when.last))
             lr0 = base(jnp.asarray(when.first * size - 1, step.dtype))
-            annealed = self._annealed(lr0, num_averaged, length)
-            return jnp.where(num_averaged > 0, annealed, base(step))
+            annealed = self._annealed(lr0, number, length)
+            return jnp.where(number > 0, annealed, base(step))
 
         return schedule
 
@@ -226,12 +205,18 @@ class SWA:
           weights: with ``swa_end``, continue from ``swa_params`` yourself.
 
         Raises:
-          ValueError: nothing would be averaged, or a number below 1.
+          ValueError: nothing would be averaged, a number below 1, or more updates than
+            int32 counts.
           TypeError: a number that is no integer.
         """
         length = _known_length(num_epochs, steps_per_epoch)
         when, size = self._window(length), self._tick_size(length)
-        return swa(when.first * size, when.period * size, stop_step=when.last * size)
+        return swa(
+            when.first * size,
+            when.period * size,
+            stop_step=when.last * size,
+            skip_nonfinite=bool(self.skip_nonfinite),
+        )
 
     # In a loop.
 
@@ -250,16 +235,18 @@ class SWA:
         Raises:
           ValueError: an unknown event, an epoch outside the run, or nothing would be
             averaged in a run of this length.
+          TypeError: arguments in another order, a ``state`` that is no
+            ``TrainingState``, or a number in it that is no integer.
         """
-        event = _check_event(event)
+        event = check_arguments(event, state)
         when = self._window(Length.of(state.num_epochs, state.steps_per_epoch))
         if event in (Event.TRAINING_START, Event.TRAINING_END):
             return True
         if when.unit == "ep":
-            _tick(when, state)  # a wrong epoch is found as early as may be
-        if event is not _tick_event(when):
+            current_tick(when, state)  # a wrong epoch is found as early as may be
+        if event is not tick_event(when):
             return False
-        tick = _tick(when, state)
+        tick = current_tick(when, state)
         return when.samples(tick) or when.ends_early(tick)
 
     def apply(
@@ -278,7 +265,8 @@ class SWA:
         - ``EPOCH_END`` (or ``BATCH_END``) averages the weights and moves the learning
           rate; at ``swa_end`` the averaged weights also replace the current ones.
         - ``TRAINING_END`` makes the averaged weights the state's ``params``, with
-          statistics recomputed for them.
+          statistics recomputed for them. Where training went on from the average, at
+          ``swa_end``, both stay as training has left them.
 
         All that is needed later is in ``TrainingState.swa``, a pytree: a state that is
         saved and restored goes on exactly.
@@ -286,9 +274,10 @@ class SWA:
         Args:
           event: what has just happened. One that ``match`` declines changes nothing.
           state: the training state.
-          logger: called with a dict of floats after each averaged model:
+          logger: called with a dict of floats after each model that was to be averaged:
             ``"swa/num_averaged"``, ``"swa/learning_rate"`` and ``"swa/distance"``, the
-            Euclidean distance between average and weights.
+            Euclidean distance between average and weights (NaN for weights that are
+            not finite).
           batch_stats_fn: one forward pass in training mode, see
             ``recompute_batch_stats``; needed at ``TRAINING_END`` if ``batch_stats``
             has any leaf.
@@ -300,16 +289,21 @@ class SWA:
 
         Raises:
           ValueError: no ``TRAINING_START`` before, ``params`` of another model than
-            then, an epoch that was averaged already, a learning rate that is negative
-            or not finite, statistics without the means to recompute them; see also
-            ``match``.
-          TypeError: ``state.swa`` is not what ``apply`` returned, or the learning rate
-            is no number.
+            then, an epoch that was averaged already, an average of a run of another
+            length, a learning rate that is negative or not finite, statistics without
+            the means to recompute them; see also ``match``.
+          TypeError: ``state.swa`` is not what ``apply`` returned, the learning rate is
+            no number, or what should be a function is none; see also ``match``.
         """
-        event = _check_event(event)
+        event = check_arguments(event, state)
+        check_functions(
+            logger=logger, batch_stats_fn=batch_stats_fn, train_batches=train_batches
+        )
+        if callable(state.learning_rate):  # else it is looked at when it is needed
+            check_rate("state.learning_rate", state.learning_rate)
         if not self.match(event, state):
             return state
-        _check_carried(state.swa)
+        check_carried(state.swa)
         length = Length.of(state.num_epochs, state.steps_per_epoch)
         if event is Event.TRAINING_START:
             return self._start(state, length)
@@ -319,61 +313,77 @@ class SWA:
                 "Event.TRAINING_START; apply that first, and keep the state it returns"
             )
         if event is Event.TRAINING_END:
-            return _finish(state, batch_stats_fn, train_batches)
+            return finish(state, batch_stats_fn, train_batches)
         when = self._window(length)
-        tick = _tick(when, state)
+        tick = current_tick(when, state)
+        check_new(when, tick, state.swa)
         if when.samples(tick):
-            _check_new(when, tick, state.swa)
-            state = self._average(state, length)
+            state = self._average(state, length, tick)
             if logger is not None:
-                logger(_metrics(state))
-        return _install(state) if when.ends_early(tick) else state
+                logger(metrics(state))
+        return install(state, tick) if when.ends_early(tick) else state
 
+    @scalar_arithmetic()
     def _start(self, state: TrainingState, length: Length) -> TrainingState:
         """Creates the average, or takes up the one that a checkpoint brought back."""
+        when = self._window(length)
         if state.swa is None:
-            zero = jnp.zeros([], jnp.result_type(float))
-            new = RecipeState(init_average(state.params), zero, jnp.zeros([], bool))
+            new = RecipeState(
+                average=init_average(state.params),
+                initial_lr=jnp.zeros([], jnp.result_type(float)),
+                first_tick=jnp.zeros([], jnp.int32),
+                last_tick=jnp.zeros([], jnp.int32),
+                installed=jnp.zeros([], bool),
+            )
             return state._replace(swa=new)
-        average, lr0, _ = state.swa
-        if not int(average.num_averaged):
+        check_window(when, state.swa)
+        if not int(known(state.swa.first_tick)):
             return state
         # The rate is the method's by now, and may not have been saved with it.
-        return state._replace(
-            learning_rate=self._annealed(lr0, average.num_averaged, length)
-        )
+        number = when.number(int(known(state.swa.last_tick)))
+        rate = self._annealed(state.swa.initial_lr, number, length)
+        return state._replace(learning_rate=rate)
 
-    def _average(self, state: TrainingState, length: Length) -> TrainingState:
+    @scalar_arithmetic()
+    def _average(
+        self, state: TrainingState, length: Length, tick: int
+    ) -> TrainingState:
         """Averages the weights, then moves the learning rate."""
-        before, lr0, installed = state.swa  # type: ignore[misc]
+        before: RecipeState = state.swa  # type: ignore[assignment]
         rate = state.learning_rate
         check_rate("state.learning_rate", rate)
         if not is_traced(rate):
-            rate = np.asarray(rate)  # wherever it was: it may meet any device's average
-        lr0 = jnp.where(before.num_averaged == 0, jnp.asarray(rate, lr0.dtype), lr0)
-        average = averaged_with(before, state.params)
-        return state._replace(
-            learning_rate=self._annealed(lr0, average.num_averaged, length),
-            swa=RecipeState(average, lr0, installed),
+            rate = np.asarray(known(rate))  # it may meet the average of any device
+        lr0 = before.initial_lr
+        lr0 = jnp.where(before.first_tick == 0, jnp.asarray(rate, lr0.dtype), lr0)
+        after = RecipeState(
+            average=self._averaged(before.average, state.params),
+            initial_lr=lr0,
+            first_tick=first_or(before.first_tick, tick),
+            last_tick=jnp.int32(tick),
+            installed=before.installed,
         )
+        number = self._window(length).number(tick)
+        return state._replace(
+            learning_rate=self._annealed(lr0, number, length), swa=after
+        )
+
+    def _averaged(self, average: SWAState, params: PyTree) -> SWAState:
+        if self.skip_nonfinite and not bool(known(finite(params))):
+            return average
+        return averaged_with(average, params)
 
     # Both.
 
     def _window(self, length: Length) -> Window:
         return window(self.swa_start, self.swa_end, self.update_interval, length)
 
-    def _annealed(self, lr0: Any, num_averaged: jax.Array, length: Length) -> jax.Array:
-        """The rate once ``num_averaged`` models are in the average."""
+    def _annealed(self, lr0: Any, number: Any, length: Length) -> jax.Array:
+        """The rate once so many models have had their turn in the average."""
         interval = parse_time("update_interval", self.update_interval)
         epoch = 1 if interval.unit == "ep" else length.steps("update_interval")
-        anneal = swa_schedule(
-            lr0,
-            self.swa_lr,
-            start_step=0,
-            anneal_steps=self.anneal_epochs * epoch,
-            strategy=self.anneal_strategy,
-        )
-        return anneal(num_averaged * int(interval.value))
+        intervals = self.anneal_epochs * epoch / interval.value
+        return anneal(lr0, self.swa_lr, number, float(intervals), self.anneal_strategy)
 
     def _tick_size(self, length: Length) -> int:
         """Optimizer updates from one tick to the next."""
@@ -393,145 +403,25 @@ def _check_start(start: Any) -> None:
     number = np.ndim(start) == 0 and hasattr(start, "__float__")
     if isinstance(start, bool) or not number:
         raise TypeError(
-            f"swa_start must be a fraction of training or a time string, got {start!r}"
+            "swa_start must be a fraction of training or a time string, got "
+            f"{shown(start)}"
         )
     if not 0 < float(start) < 1:
-        raise ValueError(f"swa_start must be in (0, 1), got {start!r}; {fix}")
+        raise ValueError(f"swa_start must be in (0, 1), got {shown(start)}; {fix}")
 
 
-def _check_event(event: Any) -> Event:
-    try:
-        return Event(event)
-    except ValueError:
-        names = ", ".join(e.name for e in Event)
-        raise ValueError(
-            f"event must be a swa_jax.Event ({names}), or its value, such as "
-            f"'epoch_end', got {event!r}"
-        ) from None
+class _NotATransformationError(TypeError, AttributeError):
+    """Both: the fix for who chains it, and no attribute for who asks ``hasattr``."""
+
+
+_NO_TRANSFORMATION = (
+    "SWA(...) is a recipe, not yet an optax transformation; use "
+    "SWA(...).transform(num_epochs, steps_per_epoch)"
+)
 
 
 def _known_length(num_epochs: Any, steps_per_epoch: Any) -> Length:
     check_count("steps_per_epoch", steps_per_epoch)  # None is not enough here
-    return Length.of(num_epochs, steps_per_epoch)
-
-
-def _tick_event(when: Window) -> Event:
-    return Event.EPOCH_END if when.unit == "ep" else Event.BATCH_END
-
-
-def _tick(when: Window, state: TrainingState) -> int:
-    """The tick that has just come."""
-    if when.unit == "ep":
-        epoch = check_count("state.epoch", state.epoch, at_least=0)
-        if epoch >= state.num_epochs:
-            raise ValueError(
-                f"state.epoch must be below num_epochs={state.num_epochs}, got "
-                f"{epoch}; epochs count from 0"
-            )
-        return epoch + 1
-    if state.num_updates is None:
-        raise ValueError(
-            "state.num_updates is needed to average every so many batches, got None; "
-            "set it to the optimizer updates made so far, this batch's included"
-        )
-    updates = check_count("state.num_updates", state.num_updates)
-    if updates > when.total:
-        raise ValueError(
-            f"state.num_updates must be at most num_epochs * steps_per_epoch = "
-            f"{when.total}, got {updates}"
-        )
-    return updates
-
-
-def _check_carried(swa: Any) -> None:
-    if swa is not None and not isinstance(swa, RecipeState):
-        raise TypeError(
-            f"state.swa must be what apply put there, got {type(swa).__name__}; "
-            "restore it into the structure that TRAINING_START creates, or set it to "
-            "None to begin a new average"
-        )
-
-
-def _check_new(when: Window, tick: int, swa: RecipeState) -> None:
-    """Raises if the model of this epoch is in the average already."""
-    if when.unit == "ba":
-        return  # to look would make every so many batches wait for the device
-    number = (tick - when.first) // when.period
-    if int(swa.average.num_averaged) > number:
-        raise ValueError(
-            f"state.swa has {int(swa.average.num_averaged)} models in its average at "
-            f"the end of epoch {tick - 1}, which is to be number {number + 1}: it was "
-            "applied twice for one epoch, or state.swa is of an earlier training; keep "
-            "the state that apply returns, and set swa=None to begin a new average"
-        )
-
-
-def _install(state: TrainingState) -> TrainingState:
-    """Makes the averaged weights the current ones."""
-    assert state.swa is not None
-    return state._replace(
-        params=swa_params(state.swa, state.params),
-        swa=state.swa._replace(installed=jnp.ones([], bool)),
-    )
-
-
-def _finish(
-    state: TrainingState,
-    batch_stats_fn: BatchStatsFn | None,
-    train_batches: Callable[[], Iterable[PyTree]] | None,
-) -> TrainingState:
-    assert state.swa is not None
-    if bool(state.swa.installed):
-        return state  # training went on from the average since
-    average: SWAState = state.swa.average
-    if not int(average.num_averaged):
-        warnings.warn(
-            "SWA: training ended before any model was averaged; the weights stay as "
-            "they are",
-            stacklevel=3,
-        )
-        return state
-    batch_stats = state.batch_stats
-    state = _install(state)
-    if not jax.tree.leaves(batch_stats):
-        return state
-    needed = {"batch_stats_fn": batch_stats_fn, "train_batches": train_batches}
-    for name, value in needed.items():
-        if not callable(value):
-            raise ValueError(
-                f"apply: {name} must be a function at TRAINING_END, got {value!r}: "
-                "the model has batch_stats, which do not fit the averaged weights; "
-                "pass batch_stats_fn=(params, batch_stats, batch) -> batch_stats and "
-                "train_batches=() -> the batches of one epoch"
-            )
-    assert batch_stats_fn is not None
-    assert train_batches is not None
-    return state._replace(
-        batch_stats=recompute_batch_stats(
-            batch_stats_fn, state.params, batch_stats, train_batches()
-        )
-    )
-
-
-def _metrics(state: TrainingState) -> dict[str, float]:
-    average: SWAState = state.swa.average  # type: ignore[union-attr]
-    return {
-        "swa/num_averaged": float(average.num_averaged),
-        "swa/learning_rate": float(jnp.asarray(state.learning_rate)),
-        "swa/distance": float(_distance(average, state.params)),
-    }
-
-
-def _distance(average: SWAState, params: PyTree) -> jax.Array:
-    # Where the weights are: the mean may be spread, or in host memory.
-    return _norm_of_difference(jax.tree.map(beside, average.avg_params, params), params)
-
-
-@jax.jit
-def _norm_of_difference(tree: PyTree, other: PyTree) -> jax.Array:
-    """Euclidean distance over all floating leaves, in float32 or wider."""
-    total = jnp.zeros([])
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            total += jnp.sum(jnp.abs(x - jnp.asarray(y, x.dtype)) ** 2)
-    return jnp.sqrt(total)
+    length = Length.of(num_epochs, steps_per_epoch)
+    length.updates()
+    return length

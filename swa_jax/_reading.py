@@ -1,0 +1,266 @@
+"""Using an average that an optimizer state holds: its weights, and its count."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from swa_jax._finding import holds_average, is_swa_state, swa_state
+from swa_jax.averaging import SWAState
+from swa_jax.placement import PyTree, beside, is_traced
+
+_MAX_STEP = np.iinfo(np.int32).max
+
+
+def swa_params(
+    opt_state: PyTree, params: PyTree, *, allow_empty: bool = False
+) -> PyTree:
+    """The averaged weights, ready for use in place of ``params``.
+
+    Works inside ``jax.jit`` and outside, and never returns a buffer of the state or of
+    ``params``. A mean that lives elsewhere (spread over devices, in host memory) is
+    brought to where ``params`` is. State and parameters may share leading axes, as
+    under ``jax.pmap``.
+
+    Args:
+      opt_state: optimizer state with one ``SWAState`` in it, see ``swa_state``.
+      params: the current parameters. They give structure, dtypes and placement, and
+        the value of every leaf that ``optax.masked`` or ``optax.partition`` hid from
+        the average; while nothing has been averaged, of all leaves.
+      allow_empty: nothing averaged yet is expected, as in evaluation before the start:
+        no warning.
+
+    Returns:
+      A pytree like ``params``: each averaged leaf is the mean, cast to its dtype.
+
+    Raises:
+      ValueError: no state or several in ``opt_state``, or its average does not belong
+        to ``params``.
+
+    Warns:
+      UserWarning: nothing has been averaged, so that the result is ``params``. Inside
+        ``jax.jit`` the counters are not known and nothing is said: look at
+        ``swa_state(opt_state).num_averaged`` outside.
+
+    Example:
+      See ``swa``.
+    """
+    if not holds_average(opt_state) and holds_average(params):
+        raise ValueError(
+            "swa_params: params holds an SWAState and opt_state does not; they were "
+            "swapped, call swa_params(opt_state, params)"
+        )
+    state = swa_state(opt_state)
+    leaves, treedef = jax.tree.flatten(params)
+    means = _matched(state.avg_params, params)
+    some = _some_averaged(state, allow_empty)
+    used = [_read(*pair, some) for pair in zip(means, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, used)
+
+
+def with_num_updates(opt_state: PyTree, num_updates: Any) -> PyTree:
+    """Tells an average how many updates the run has made: SWA for a run under way.
+
+    ``start_step`` and ``period`` count the updates that ``swa()`` has seen. In a run
+    that began without it, that count would begin at 0; this sets it to the run's own.
+    Averaging then goes on as if ``swa()`` had been there from the start. Inside
+    ``optax.MultiSteps`` an update is an optimizer step, its ``gradient_step``.
+
+    Args:
+      opt_state: optimizer state with one ``SWAState`` in it, see ``swa_state``.
+      num_updates: optimizer updates made so far, >= 0: an integer or integer array,
+        also a traced one, of shape () or that of the counters under ``jax.pmap``.
+
+    Returns:
+      A new optimizer state; all else in it is as it was, the same buffers included.
+
+    Raises:
+      TypeError: ``num_updates`` is no integer.
+      ValueError: it is negative, beyond int32, of another shape, or less than the
+        state's own count while models are averaged, some of which would then enter
+        twice. Inside ``jax.jit`` values cannot be checked.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, swa_jax
+      >>> params, old = jnp.ones(2), optax.sgd(0.1).init(jnp.ones(2))  # restored
+      >>> tx = optax.chain(optax.sgd(0.1), swa_jax.swa(start_step=800))
+      >>> _, average = tx.init(params)
+      >>> opt_state = swa_jax.with_num_updates((old, average), 600)
+      >>> print(swa_jax.swa_state(opt_state).num_updates)
+      600
+    """
+    count = _checked_count(num_updates, swa_state(opt_state))
+
+    def replace(node: Any) -> Any:
+        if not is_swa_state(node):
+            return node
+        counter = jax.tree.map(lambda old: _filled(old, count), node.num_updates)
+        return node._replace(num_updates=counter)
+
+    return jax.tree.map(replace, opt_state, is_leaf=is_swa_state)
+
+
+def _some_averaged(state: SWAState, allow_empty: bool) -> bool | jax.Array:
+    """Whether there is a mean, for each of the counters; warns where there is none."""
+    if is_traced(state.num_averaged):
+        return state.num_averaged > 0
+    # On the host, else it would tie the result to its own device.
+    some: Any = np.asarray(jax.device_get(state.num_averaged)) > 0
+    if not (allow_empty or some.all()):
+        counts = [_span(x) for x in state[:2]]
+        warnings.warn(
+            f"swa_params: nothing has been averaged (num_updates={counts[0]}, "
+            f"num_averaged={counts[1]}), so these are the current weights. Either no "
+            "update has come to start_step yet (it counts optimizer updates, inside "
+            "optax.MultiSteps not mini-batches), or swa() was added to a run under "
+            "way and counts from 0: then set swa_jax.with_num_updates(opt_state, step) "
+            "before going on. Where this is expected, pass allow_empty=True",
+            stacklevel=3,
+        )
+    return jax.device_put(some) if some.ndim else bool(some)
+
+
+def _span(counter: Any) -> str:
+    """One number, or the range over replicas."""
+    if is_traced(counter):
+        return "unknown"
+    counts = np.asarray(jax.device_get(counter))
+    low, high = counts.min(), counts.max()
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _matched(avg_params: PyTree, params: PyTree) -> list[Any]:
+    """The mean of each parameter in order; ``None`` where it is hidden."""
+    flat, *structure = jax.tree_util.tree_flatten_with_path(
+        avg_params, is_leaf=_is_masked
+    )
+    leaves, *expected = jax.tree_util.tree_flatten_with_path(params)
+    fix = "pass the parameters that the optimizer was initialised with"
+    if _is_nnx(params):
+        fix += ", here nnx.state(model, nnx.Param)"
+    if len(dict(flat)) == len(flat) and len(dict(leaves)) == len(leaves):
+        means = _matched_by_path(dict(flat), leaves, fix)
+    elif structure == expected:  # of a node that gives two children one key
+        means = [None if _is_masked(leaf) else leaf for _, leaf in flat]
+    else:
+        raise ValueError(
+            "swa_params: in params or in the average in opt_state one path names two "
+            f"leaves, and their structures differ, so none can be told apart; {fix}"
+        )
+    for (path, param), mean in zip(leaves, means, strict=True):
+        if mean is not None and np.shape(mean) != np.shape(param):
+            found = f"an average of shape {np.shape(mean)}"
+            raise ValueError(_misfit(path, param, found, fix))
+    return means
+
+
+def _matched_by_path(
+    averages: dict[Any, Any], leaves: list[tuple[Any, Any]], fix: str
+) -> list[Any]:
+    """The same, where the containers of average and parameters may differ."""
+    hidden = {path for path, leaf in averages.items() if _is_masked(leaf)}
+    means: list[Any] = []
+    for path, param in leaves:
+        if any(path[:end] in hidden for end in range(len(path) + 1)):
+            means.append(None)  # by itself, or with a subtree around it
+        elif path in averages:
+            means.append(averages[path])
+        else:
+            raise ValueError(_misfit(path, param, "no average", fix))
+    surplus = averages.keys() - hidden - {path for path, _ in leaves}
+    if surplus:
+        path = min(map(jax.tree_util.keystr, surplus))
+        raise ValueError(
+            f"swa_params: opt_state averages a parameter {path}, which params lacks; "
+            f"{fix}"
+        )
+    return means
+
+
+def _misfit(path: Any, param: Any, found: str, fix: str) -> str:
+    return (
+        f"swa_params: for params{jax.tree_util.keystr(path)} of shape "
+        f"{np.shape(param)} opt_state holds {found}; {fix}"
+    )
+
+
+def _read(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
+    """The value to use, in a buffer of its own."""
+    if not isinstance(param, jax.Array):
+        param = jax.device_put(param)  # explicitly, as a transfer guard demands
+    if mean is None or some is False:
+        return jnp.copy(param)
+    # A mean spread over devices or kept on the host is gathered here, not before.
+    mean = beside(mean, param)
+    cast = mean.dtype != param.dtype  # PRNG keys know no cast
+    mean = mean.astype(param.dtype) if cast else mean
+    if some is True:
+        return mean if cast else jnp.copy(mean)
+    leading = (*some.shape, *(1,) * (mean.ndim - some.ndim))
+    return jnp.where(some.reshape(leading), mean, param)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_nnx(x: Any) -> bool:
+    """Whether ``x`` is of Flax's nnx, which need not be installed."""
+    return any(base.__module__.startswith("flax.nnx") for base in type(x).__mro__)
+
+
+# Setting the count.
+
+
+def _checked_count(num_updates: Any, state: SWAState) -> Any:
+    """The count as an array; Flax's nnx wraps it in a Variable."""
+    leaves = jax.tree.leaves(num_updates)
+    count: Any = leaves[0] if len(leaves) == 1 else None
+    if not is_traced(count):
+        count = np.asarray(jax.device_get(count))
+    if not jnp.issubdtype(count.dtype, np.integer):
+        raise TypeError(
+            "with_num_updates: num_updates must be an int32 integer, got "
+            f"{type(num_updates).__name__} of dtype {count.dtype}; it counts optimizer "
+            "updates"
+        )
+    expected = np.shape(state.num_updates)
+    if count.shape not in ((), expected):
+        raise ValueError(
+            f"with_num_updates: num_updates has shape {count.shape}, the counters of "
+            f"opt_state have {expected}; pass one number for all"
+        )
+    if not is_traced(count):
+        _check_value(count, state)
+    return count
+
+
+def _check_value(count: np.ndarray, state: SWAState) -> None:
+    if not 0 <= count.min() <= count.max() <= _MAX_STEP:
+        raise ValueError(
+            f"with_num_updates: num_updates must be between 0 and {_MAX_STEP} (int32), "
+            f"got {_span(count)}; it counts optimizer updates"
+        )
+    if any(map(is_traced, state[:2])):
+        return
+    seen, averaged = map(np.asarray, jax.device_get(state[:2]))
+    if ((count < seen) & (averaged > 0)).any():
+        raise ValueError(
+            f"with_num_updates: num_updates={_span(count)} is less than the "
+            f"{_span(seen)} updates that opt_state has seen, and num_averaged="
+            f"{_span(averaged)} of them are averaged: some would enter twice. Fix: "
+            "pass the run's own number, or begin a new average with tx.init(params)"
+        )
+
+
+def _filled(old: Any, count: Any) -> jax.Array:
+    """``count`` with the shape and place of the counter ``old``."""
+    if is_traced(old) or is_traced(count):
+        return beside(jnp.broadcast_to(jnp.asarray(count, jnp.int32), old.shape), old)
+    value = np.broadcast_to(count, np.shape(old)).astype(np.int32)
+    # A counter from tx.init is free to follow the parameters, and stays so.
+    tied = isinstance(old, jax.Array) and old.committed
+    return jax.device_put(value, old.sharding if tied else None)

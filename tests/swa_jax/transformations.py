@@ -1,0 +1,239 @@
+"""The transformations under test, and the training that tests put them through.
+
+A new average becomes one line of ``METHODS``: it then has to pass every test that is
+parametrised by ``every_method`` or ``every_case``. Those tests know of an average only
+what is written here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import swa_jax
+
+U = 2.0**-24  # float32's half ulp
+
+
+def half_ulp(dtype) -> float:
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def bits(tree) -> list[bytes]:
+    """The exact content of every leaf."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def types(tree) -> list:
+    """Everything about a tree that would make jit compile anew."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return [treedef, *map(jax.typeof, leaves)]
+
+
+def shapes(tree) -> list:
+    """Of arrays or of ``ShapeDtypeStruct``s."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return [treedef, *((leaf.shape, leaf.dtype) for leaf in leaves)]
+
+
+# What is tested.
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A transformation that averages, all of whose state but two counters is weights.
+
+    Attributes:
+      make: its factory.
+      weights: what each of n sampled models counts for in the average, the oldest
+        first: from n to n numbers that sum to 1. The oracle of every test.
+      arguments: keyword arguments that the factory needs besides swa()'s.
+      state: the type of its state.
+      find: from an optimizer state to its state.
+      read: from an optimizer state and the parameters to the average.
+    """
+
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    weights: Callable[[int], np.ndarray]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    state: type = swa_jax.SWAState
+    find: Callable[[Any], Any] = swa_jax.swa_state
+    read: Callable[[Any, Any], Any] = swa_jax.swa_params
+
+
+METHODS = {
+    "swa": Method(swa_jax.swa, lambda n: np.full(n, 1 / n)),
+}
+
+#: Those that all transformations take.
+OPTIONS = {
+    "default": {},
+    "period": {"start_step": 3, "period": 2},
+    "stop_step": {"start_step": 2, "stop_step": 4},
+    "bfloat16": {"start_step": 2, "accumulator_dtype": jnp.bfloat16},
+    "skip_nonfinite": {"start_step": 2, "skip_nonfinite": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method in one set of options."""
+
+    method: Method
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        return self.method.make(**self.method.arguments, **self.options)
+
+    def inject(self) -> optax.GradientTransformationExtraArgs:
+        """The same, with its steps as arrays in ``optax.inject_hyperparams``."""
+        static = {*self.method.arguments, *self.options} - {
+            "start_step",
+            "period",
+            "stop_step",
+        }
+        factory = optax.inject_hyperparams(self.method.make, static_args=static)
+        return factory(**self.method.arguments, **self.options)
+
+    def state(self, opt_state) -> Any:
+        return self.method.find(opt_state)
+
+    def read(self, opt_state, params) -> Any:
+        return self.method.read(opt_state, params)
+
+    def sampled(self, steps: int) -> list[int]:
+        """The numbers of the updates that are averaged, of so many."""
+        start = self.options.get("start_step", 0)
+        stop = self.options.get("stop_step", steps)
+        return [
+            t
+            for t in range(max(start, 1), min(stop, steps) + 1)
+            if (t - start) % self.options.get("period", 1) == 0
+        ]
+
+    def expected(self, history: list) -> Any:
+        """The average of a run, in float64; its weights after every step are given."""
+        models = [history[t - 1] for t in self.sampled(len(history))]
+        return jax.tree.map(lambda *leaf: self._combine(leaf), *models)
+
+    def _combine(self, models: tuple) -> np.ndarray:
+        """Of one leaf; what is no floating number keeps the value of the last model."""
+        if not jnp.issubdtype(models[0].dtype, jnp.inexact):
+            return models[-1]
+        exact = np.complex128 if jnp.iscomplexobj(models[0]) else np.float64
+        stacked = np.stack([np.asarray(model, exact) for model in models])
+        return np.tensordot(self.method.weights(len(models)), stacked, 1)
+
+    def assert_average(self, average, history: list) -> None:
+        """Compares with the float64 average of the stored weights.
+
+        An update rounds three times in float32 (or wider), once to the accumulator,
+        each time by half an ulp of the largest weight at most, and its errors only
+        shrink from then on. Reading rounds once more, to the parameter's dtype.
+        """
+        n = len(self.sampled(len(history)))
+
+        def check(got, expected, *models):
+            assert got.shape == expected.shape
+            assert got.dtype == models[0].dtype
+            if not jnp.issubdtype(got.dtype, jnp.inexact):
+                np.testing.assert_array_equal(got, expected)
+                return
+            wide = half_ulp(jnp.promote_types(got.dtype, jnp.float32))
+            accumulator = self.options.get("accumulator_dtype")
+            stored = half_ulp(accumulator) if accumulator else wide
+            largest = max(float(np.max(np.abs(model), initial=0)) for model in models)
+            exact = np.complex128 if jnp.iscomplexobj(got) else np.float64
+            np.testing.assert_allclose(
+                np.asarray(got, exact),
+                expected,
+                rtol=0,
+                atol=largest * (n * (3 * wide + stored) + half_ulp(got.dtype)),
+            )
+
+        jax.tree.map(check, average, self.expected(history), *history)
+
+    def assert_run(self, params, opt_state, history: list) -> None:
+        """Checks the counters and the average of a run."""
+        counters = self.state(opt_state)[:2]
+        expected = (len(history), len(self.sampled(len(history))))
+        assert tuple(map(int, counters)) == expected
+        self.assert_average(jax.jit(self.read)(opt_state, params), history)
+
+
+CASES = {
+    f"{name}-{options}": Case(method, OPTIONS[options])
+    for name, method in METHODS.items()
+    for options in OPTIONS
+}
+#: One of each method, that has sampled and skipped steps.
+ONE_CASE = {name: Case(method, OPTIONS["period"]) for name, method in METHODS.items()}
+
+
+def every_case(test):
+    """Runs a test for every method and every set of options."""
+    return pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())(test)
+
+
+def every_method(test):
+    """Runs a test for every method, averaging updates 3, 5, 7, ..."""
+    values = ONE_CASE.values()
+    return pytest.mark.parametrize("case", values, ids=ONE_CASE.keys())(test)
+
+
+# Training.
+
+
+def model() -> dict[str, Any]:
+    """Fresh parameters of a small network."""
+    rng = np.random.default_rng(0)
+    return {
+        "encoder": {
+            "w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+            "b": jnp.zeros(3),
+        },
+        "head": {"w": jnp.asarray(rng.normal(size=(3,)), jnp.float32)},
+    }
+
+
+def gradient(params, t):
+    """Of a loss that changes with every batch."""
+
+    def one(w):
+        noise = jnp.sin(t + jnp.arange(w.size)).reshape(w.shape)
+        return 0.5 * w + noise.astype(w.dtype)
+
+    return jax.tree.map(one, params)
+
+
+def make_step(tx, gradient=gradient):
+    """A training step from (params, opt_state, *arguments of the gradient)."""
+
+    def step(params, opt_state, *args):
+        updates, opt_state = tx.update(gradient(params, *args), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def train(tx, params, steps: int = 8, **extra):
+    """The states and the stored weights of every step, from one compiled step."""
+
+    @jax.jit
+    def step(params, opt_state, t):
+        grads = gradient(params, t)
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    history = []
+    for t in range(steps):
+        params, opt_state = step(params, opt_state, jnp.float32(t))
+        history.append(jax.device_get(params))
+    assert step._cache_size() == 1  # compiled once for all steps
+    return params, opt_state, history
