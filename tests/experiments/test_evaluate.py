@@ -98,7 +98,7 @@ def test_batchnorm_pass_can_be_left_out(trained):
 
 def test_average_without_finite_statistics_is_an_error_of_its_own(trained, split):
     model, state = trained
-    huge = jax.tree.map(lambda p: 1e30 * p, state.params)
+    infinite = jax.tree.map(lambda p: np.inf * p, state.params)
     batches = data.InputBatches(split, 8)
     with pytest.raises(FloatingPointError, match="is not finite"):
-        fit_batch_stats(model, huge, state.batch_stats, batches)
+        fit_batch_stats(model, infinite, state.batch_stats, batches)
