@@ -11,8 +11,10 @@ alone touches the disk; the others are told what it found.
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
@@ -23,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from experiments import processes
-from experiments.errors import StorageError
+from experiments.errors import NO_ROOM_ERRNOS, StorageError
 from experiments.files import write_json
 
 PyTree = Any
@@ -70,6 +72,7 @@ class Store:
         self.directory = directory.absolute()
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
+        self._bytes = 0  # of the arrays of the checkpoint begun last
         self._on_main(lambda: self._open())
 
     def __enter__(self) -> Self:
@@ -128,12 +131,7 @@ class Store:
             p for p in (self.directory, *self.directory.parents) if p.exists()
         )
         free = shutil.disk_usage(existing).free
-        lowered = text.lower()
-        if (
-            "no space" in lowered
-            or "quota" in lowered
-            or "resource_exhausted" in lowered
-        ):
+        if not _has_room(existing, self._bytes):
             return self._full(free)
         return (
             f"{self.directory} cannot be used for checkpoints ({text[:500]}); {free:,}"
@@ -182,7 +180,8 @@ class Store:
             # A write that fails half-way is noisy: tensorstore's threads complain on
             # stderr. A quota, or another writer, can still bring that about.
             free = shutil.disk_usage(self.directory).free
-            if free < sum(a.nbytes for a in arrays.values()) + _METADATA_BYTES:
+            self._bytes = sum(a.nbytes for a in arrays.values())
+            if free < self._bytes + _METADATA_BYTES:
                 raise StorageError(self._full(free))
             record = {
                 "crc32": {name: _crc32(array) for name, array in arrays.items()},
@@ -288,6 +287,19 @@ class Store:
         self._on_main(shut)
 
 
+def _has_room(directory: pathlib.Path, size: int) -> bool:
+    """Whether `size` bytes more can be written, by free space and by quota.
+
+    Tensorstore's own errors say why a write failed in their text alone.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        return error.errno not in NO_ROOM_ERRNOS
+    return True
+
+
 def _flatten(tree: PyTree) -> dict[str, Any]:
     """Leaves by the name of their path, in order."""
     return {
@@ -301,14 +313,17 @@ def _crc32(array: np.ndarray) -> int:
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[None]:
+def open_workdir(
+    workdir: pathlib.Path, settings: dict[str, Any] | None = None
+) -> Iterator[None]:
     """Take a work directory for one job, whose settings it then belongs to.
 
     Args:
         workdir: Made if need be. Locked until the body ends, or the process.
         settings: In JSON's types, "name" among them; kept in config.json. Compared with
             what is there if that job has begun to train: one that failed before, for
-            want of data perhaps, leaves the directory free.
+            want of data perhaps, leaves the directory free. None: of a tuning, whose
+            own file has them.
 
     Raises:
         StorageError: Another job is at work there, settings differ in more than
@@ -321,7 +336,7 @@ def open_workdir(workdir: pathlib.Path, settings: dict[str, Any]) -> Iterator[No
                 workdir.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context((workdir / ".lock").open("a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return _claim(workdir, settings)
+                return None if settings is None else _claim(workdir, settings)
             except BlockingIOError:
                 return (
                     f"{workdir} is in use by another job. Wait for it, or give another"

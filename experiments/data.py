@@ -497,7 +497,10 @@ def train_batches(
 
 
 class EvalBatches:
-    """A split in batches of one shape, as often as it is iterated over."""
+    """A split in batches of one shape; the mask marks each example once.
+
+    It may be iterated over as often as one likes.
+    """
 
     def __init__(self, split: Split, batch_size: int) -> None:
         self._split, self._batch_size = split, batch_size
@@ -532,16 +535,6 @@ class InputBatches:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return _in_order(self, self._split)
-
-
-def eval_batches(split: Split, batch_size: int) -> EvalBatches:
-    """Cut a split into batches of one shape; the mask marks each example once."""
-    return EvalBatches(split, batch_size)
-
-
-def input_batches(split: Split, batch_size: int) -> InputBatches:
-    """Cut a split's inputs into batches, the last one ragged: nothing is padded."""
-    return InputBatches(split, batch_size)
 
 
 class _RandomAccess(Protocol[T]):  # type: ignore[misc]

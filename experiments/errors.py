@@ -3,6 +3,7 @@
 import errno
 import signal
 
+NO_ROOM_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # Of a path that cannot be used as it was asked for. A file that is missing is not
 # among them: it may as well be a mistake in this program.
 _PATH_ERRNOS = frozenset(
@@ -52,7 +53,7 @@ def explanation(error: BaseException) -> str | None:
         return str(error)
     if not isinstance(error, OSError):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM_ERRNOS:
         return (
             f"no room to write ({error}); free some and run the same command again."
             " Checkpoints are intact."

@@ -76,6 +76,33 @@ def make_batch_stats_fn(
     return batch_stats_fn
 
 
+def fit_batch_stats(
+    model: nn.Module,
+    params: PyTree,
+    batch_stats: PyTree,
+    input_batches: Iterable[np.ndarray],
+) -> PyTree:
+    """BatchNorm statistics that belong to these weights; empty without BatchNorm.
+
+    Args:
+        model: The network.
+        params: Its weights.
+        batch_stats: Of any weights; tells the structure.
+        input_batches: Every training input once, not augmented.
+
+    Raises:
+        FloatingPointError: The weights lead to statistics that are not finite.
+    """
+    if not batch_stats:
+        return batch_stats
+    try:
+        return swa_jax.recompute_batch_stats(
+            make_batch_stats_fn(model), params, batch_stats, input_batches
+        )
+    except swa_jax.NonFiniteError as error:
+        raise FloatingPointError(str(error)) from error
+
+
 def averaged_network(
     model: nn.Module, state: TrainState, input_batches: Iterable[np.ndarray] | None
 ) -> tuple[PyTree, PyTree]:
@@ -89,11 +116,11 @@ def averaged_network(
 
     Returns:
         Parameters and batch_stats.
+
+    Raises:
+        FloatingPointError: The averaged weights lead to statistics that are not finite.
     """
     params = swa_jax.swa_params(state.opt_state, state.params)
-    if input_batches is None or not state.batch_stats:
+    if input_batches is None:
         return params, state.batch_stats
-    batch_stats = swa_jax.recompute_batch_stats(
-        make_batch_stats_fn(model), params, state.batch_stats, input_batches
-    )
-    return params, batch_stats
+    return params, fit_batch_stats(model, params, state.batch_stats, input_batches)

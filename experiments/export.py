@@ -48,7 +48,9 @@ def export(
 
     Args:
         workdir: Of the job.
-        out: Directory to write; see `write_export`. None: `workdir`/export.
+        out: Directory to make, `workdir`/export by default. An earlier export there is
+            replaced once the new one is complete, and so is an empty directory; nothing
+            else is.
         arm_name: An arm that averages. None: the one with the longest average.
         seed: Of the run.
 
@@ -105,25 +107,6 @@ def _averaged(
     scorer = runs.Scorer(config, splits)
     network = scorer.network(runs.final_state(config, compiled, seed), "average")
     return network, scorer.test(network)
-
-
-def write_export(
-    out: pathlib.Path, params: PyTree, batch_stats: PyTree, metadata: dict[str, str]
-) -> None:
-    """Write a network's variables to `out`/orbax and `out`/model.safetensors.
-
-    Args:
-        out: Made anew. An earlier export there is replaced once the new one is
-            complete, and so is an empty directory; nothing else is.
-        params: Pytree of dicts, as Flax has it.
-        batch_stats: Likewise; may be empty.
-        metadata: Kept in the safetensors file.
-
-    Raises:
-        ExportError: `out` holds something else, or cannot be written.
-    """
-    with _becoming(out) as draft:
-        _write(draft, params, batch_stats, metadata)
 
 
 @contextlib.contextmanager
@@ -186,7 +169,7 @@ def _check_replaceable(out: pathlib.Path) -> None:
 
 
 def _is_export(path: pathlib.Path) -> bool:
-    """Whether `write_export` wrote this safetensors file."""
+    """Whether `_write` wrote this safetensors file."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return "experiment" in (file.metadata() or {})
@@ -197,6 +180,7 @@ def _is_export(path: pathlib.Path) -> bool:
 def _write(
     out: pathlib.Path, params: PyTree, batch_stats: PyTree, metadata: dict[str, str]
 ) -> None:
+    """Write a network to `out`/orbax and, with `metadata`, `out`/model.safetensors."""
     variables = {"params": params}
     if batch_stats:
         variables["batch_stats"] = batch_stats

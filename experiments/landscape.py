@@ -37,7 +37,7 @@ def random_directions(size: int, count: int, seed: int) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def plane_basis(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plane_basis(points: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """An orthonormal basis of the plane through three points.
 
     Its origin is the first point, its first axis points to the second.
@@ -46,10 +46,8 @@ def plane_basis(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points: [3, size].
 
     Returns:
-        The axes [2, size], and the points in them, [3, 2].
-
-    Raises:
-        ValueError: The points lie on a line.
+        The axes [2, size], and the points in them, [3, 2]. None where the points lie on
+        a line.
     """
     origin, *others = points.astype(np.float64)
     u, v = (other - origin for other in others)
@@ -58,7 +56,7 @@ def plane_basis(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     v = v - (v @ u) * u
     height = float(np.linalg.norm(v))
     if scale == 0 or height <= 1e-9 * max(scale, 1e-30):
-        raise ValueError("points lie on a line; a plane needs three that do not.")
+        return None
     axes = np.stack([u, v / height])
     return axes, (points - origin) @ axes.T
 
@@ -121,10 +119,10 @@ def measure(
 def _measure_plane(
     at: Callable[[np.ndarray], tuple[float, float]], points: np.ndarray, grid: int
 ) -> dict[str, Any] | None:
-    try:
-        axes, coordinates = plane_basis(points)
-    except ValueError:
+    basis = plane_basis(points)
+    if basis is None:
         return None
+    axes, coordinates = basis
     low, high = coordinates.min(axis=0), coordinates.max(axis=0)
     margin = 0.35 * (high - low).max()
     xs, ys = (

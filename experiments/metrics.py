@@ -69,11 +69,6 @@ class Log:
             Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
         )
 
-    def flush(self) -> None:
-        """Let TensorBoard see everything written so far."""
-        for board in self._boards.values():
-            board.flush()
-
     def close(self) -> None:
         """Write out what is left."""
         for board in self._boards.values():

@@ -113,10 +113,10 @@ class Scorer:
     def __init__(self, config: Config, splits: dict[str, data.Split]) -> None:
         size = config.eval_batch_size
         self.model = make_model(config, splits["train"])
-        self._test = data.eval_batches(splits["test"], size)
-        self._train = data.eval_batches(splits["train"], size)
+        self._test = data.EvalBatches(splits["test"], size)
+        self._train = data.EvalBatches(splits["train"], size)
         self._train_batches = -(-TRAIN_SCORE_EXAMPLES // size)
-        self._inputs = data.input_batches(splits["train"], size)
+        self._inputs = data.InputBatches(splits["train"], size)
 
     def network(self, state: TrainState, weights: Weights) -> tuple[Any, Any]:
         """The parameters and statistics to score."""

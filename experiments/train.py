@@ -280,7 +280,7 @@ class _Meter:
         rate = float(compiled.learning_rates[step - 1])
         epoch = compiled.arm.first_epoch + -(-step // compiled.steps_per_epoch)
         if not np.isfinite(metrics.loss):
-            raise not_finite(f"loss is {metrics.loss}", compiled, self._config, step)
+            raise not_finite(f"loss is {metrics.loss}", compiled, step)
         self.metrics.append((float(metrics.loss), float(metrics.accuracy)))
         self._hooks.on_step(step, float(metrics.loss), rate)
         if step % compiled.steps_per_epoch == 0:
@@ -293,9 +293,7 @@ class _Meter:
         self.metrics, self._seconds, self._steps_timed = [], 0.0, 0
 
 
-def not_finite(
-    what: str, compiled: CompiledArm, config: Config, step: int
-) -> FloatingPointError:
+def not_finite(what: str, compiled: CompiledArm, step: int) -> FloatingPointError:
     """The error of a run that left the numbers behind; it names step and rate."""
     arm = compiled.arm
     epoch = arm.first_epoch + -(-step // compiled.steps_per_epoch)
@@ -359,12 +357,12 @@ def train(
             # A NaN must not reach the scores, nor the BatchNorm pass of an average.
             meter.flush()
             here = strategy.fetch(state)
-            _check_finite(here, compiled, config, step)
+            _check_finite(here, compiled, step)
             hooks.on_epoch_end(arm.first_epoch + step // steps, here)
         if hooks.saves_after(step):
             meter.flush()
             here = strategy.fetch(state)
-            _check_finite(here, compiled, config, step)
+            _check_finite(here, compiled, step)
             # Copied: the next step overwrites the buffers.
             here = jax.tree.map(np.array, jax.device_get(here))
             hooks.on_snapshot(Snapshot(step, here, list(meter.metrics)))
@@ -372,9 +370,7 @@ def train(
     return strategy.fetch(state)
 
 
-def _check_finite(
-    state: TrainState, compiled: CompiledArm, config: Config, step: int
-) -> None:
+def _check_finite(state: TrainState, compiled: CompiledArm, step: int) -> None:
     """Look for what the loss has not shown yet: it is that of the step's start."""
     average = (
         swa_jax.swa_state(state.opt_state)
@@ -384,7 +380,7 @@ def _check_finite(
     finite = _finite(state.params, state.batch_stats, average)
     for what, holds in jax.device_get(finite).items():
         if not holds:
-            raise not_finite(f"{what} is not finite", compiled, config, step)
+            raise not_finite(f"{what} is not finite", compiled, step)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import rich.console
 import rich.table
 
 from experiments import data, plans
+from experiments.checkpoints import open_workdir
 from experiments.evaluate import Evaluation, averaged_network, evaluate
 from experiments.networks import make_model
 from experiments.plans import Arm
@@ -78,8 +79,8 @@ class _Validator(Hooks):
         self._arm = arm
         self._model = make_model(config, splits["train"])
         size = config.eval_batch_size
-        self._batches = data.eval_batches(splits["validation"], size)
-        self._inputs = data.input_batches(splits["train"], size)
+        self._batches = data.EvalBatches(splits["validation"], size)
+        self._inputs = data.InputBatches(splits["train"], size)
         self.scores: dict[str, Evaluation] = {}
 
     def on_epoch_end(self, epoch: int, state: TrainState) -> None:
@@ -87,7 +88,7 @@ class _Validator(Hooks):
             if at != epoch or weights != _tuned_weights(self._arm):
                 continue
             network = (
-                self._averaged(state)
+                averaged_network(self._model, state, self._inputs)
                 if method == "swa"
                 else (state.params, state.batch_stats)
             )
@@ -95,14 +96,6 @@ class _Validator(Hooks):
             if not math.isfinite(score.loss):  # NaN would be the best or not by chance
                 raise FloatingPointError(f"validation loss is {score.loss}")
             self.scores[label] = score
-
-    def _averaged(self, state: TrainState) -> tuple[Any, Any]:
-        try:
-            return averaged_network(self._model, state, self._inputs)
-        except ValueError as error:  # of the BatchNorm pass
-            if "not finite" not in str(error):
-                raise
-            raise FloatingPointError(str(error)) from error
 
 
 def _tuned_weights(arm: Arm) -> plans.Weights:
@@ -229,6 +222,14 @@ class _Tuner:
             ),
         )
 
+    def choose(self) -> dict[str, float]:
+        """Search every setting in turn; return the best ones."""
+        best = self.plain()
+        chosen = {**best, "swa_lr": self.swa(best)}
+        if self._config.protocol == "fine_tune":
+            chosen["control_lr"] = self.control(best)
+        return chosen
+
     def plain(self) -> dict[str, float]:
         """Search weight decays and, for each, peak learning rates."""
         merits: dict[tuple[float, float], Merit] = {}
@@ -290,16 +291,15 @@ def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
 
     Raises:
         DataUnavailableError: The data set cannot be had, or not as asked for.
-        StorageError: The work directory has a tuning with other settings, or cannot be
-            written.
+        StorageError: Another job is at work in the work directory, it has a tuning with
+            other settings, or it cannot be written.
     """
-    record = Record(config)
-    splits = data.load_splits(config, ("train", "validation"))
-    tuner = _Tuner(config, splits, console, record)
-    best = tuner.plain()
-    chosen = {**best, "swa_lr": tuner.swa(best)}
-    if config.protocol == "fine_tune":
-        chosen["control_lr"] = tuner.control(best)
+    with open_workdir(config.workdir):
+        record = Record(config)
+        splits = data.load_splits(config, ("train", "validation"))
+        tuner = _Tuner(config, splits, console, record)
+        chosen = tuner.choose()
+        record.write(tuner.trials, chosen)
     table = rich.table.Table(title=f"{config.name}: validation split")
     titles = "", "lr", "weight decay", "swa_lr", "control_lr", "accuracy (%)", "loss"
     for title in titles:
@@ -308,5 +308,4 @@ def tune(config: Config, console: rich.console.Console) -> dict[str, float]:
         table.add_row(*_cells(trial))
     console.print(table)
     console.print(f"chosen: {chosen}; set them in experiments/configs.py")
-    record.write(tuner.trials, chosen)
     return chosen

@@ -1,7 +1,6 @@
 """What a job leaves to look at, beyond its tables: curves.png and width.png."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import numpy as np
 import swa_jax
 from experiments import data, plans, processes
 from experiments.curves import plot_curves
-from experiments.evaluate import evaluate, make_batch_stats_fn
+from experiments.evaluate import evaluate, fit_batch_stats
 from experiments.files import write_atomic, write_json
 from experiments.landscape import ScoreFn, measure, plot_width
 from experiments.metrics import read_log
@@ -117,22 +116,15 @@ def _score_fn(
     def some(batches: Any) -> list[Any]:
         return list(itertools.islice(batches, number))
 
-    train_batches = some(data.eval_batches(splits["train"], size))
-    test_batches = some(data.eval_batches(splits["test"], size))
-    inputs: list[np.ndarray] = some(data.input_batches(splits["train"], size))
-    recompute = functools.partial(
-        swa_jax.recompute_batch_stats, make_batch_stats_fn(model)
-    )
+    train_batches = some(data.EvalBatches(splits["train"], size))
+    test_batches = some(data.EvalBatches(splits["test"], size))
+    inputs: list[np.ndarray] = some(data.InputBatches(splits["train"], size))
 
     def score(params: Any) -> tuple[float, float]:
-        fitted = state.batch_stats
-        if fitted:
-            try:
-                fitted = recompute(params, fitted, inputs)
-            except ValueError as error:
-                if "not finite" not in str(error):
-                    raise
-                return math.nan, math.nan  # far out: a hole in the figure
+        try:
+            fitted = fit_batch_stats(model, params, state.batch_stats, inputs)
+        except FloatingPointError:
+            return math.nan, math.nan  # far out: a hole in the figure
         train = evaluate(model, params, fitted, train_batches)
         test = evaluate(model, params, fitted, test_batches)
         return train.loss, 100 * (1 - test.accuracy)

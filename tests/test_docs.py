@@ -7,8 +7,6 @@ import statistics
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import swa_jax
@@ -63,49 +61,6 @@ def test_both_forms_of_the_published_method_agree(capsys):
     assert "test accuracy" in capsys.readouterr().out
 
 
-# coming-from-pytorch.md
-
-ROWS = re.findall(
-    r"^\| (.+?) \| (.*?) ?\| ([\d, ]+) \| `(.+?)` \|$",
-    PAGES["coming-from-pytorch.md"],
-    re.MULTILINE,
-)
-
-
-def test_the_table_of_averaged_models_is_found():
-    assert len(ROWS) == 11
-    implementations = {row[0].split(",")[0] for row in ROWS}
-    assert len(implementations) == 6
-
-
-@pytest.mark.parametrize(("ends", "call"), dict.fromkeys(row[2:] for row in ROWS))
-def test_each_call_averages_the_models_of_its_row(ends, call):
-    """Over 10 epochs of 3 updates, asking after each whether one was averaged."""
-    tx = eval(call, {"swa": swa_jax.swa, "SWA": swa_jax.SWA, "S": 3})
-
-    def update(opt_state: Any, _: Any) -> Any:
-        _, opt_state = tx.update(jnp.zeros(()), opt_state, jnp.zeros(()))
-        return opt_state, opt_state.num_averaged
-
-    _, counts = jax.lax.scan(update, tx.init(jnp.zeros(())), length=30)
-    updates = np.flatnonzero(np.diff(np.asarray(counts), prepend=0)) + 1
-    assert [t / 3 for t in updates] == [int(e) for e in ends.split(",")]
-
-
-def test_side_by_side_loop_averages_what_pytorchs_does():
-    namespace = run("coming-from-pytorch.md")
-    # `epoch > swa_start` for epoch in range(10).
-    assert namespace["num_averaged"] == len(range(namespace["swa_start"] + 1, 10))
-    assert 0.8 < namespace["accuracy"] < 1
-    # Two lines of PyTorch's loop, as recorded from PyTorch itself in test_parity:
-    # multiplicative until swa_start, then two epochs of cosine to 0.05.
-    steps = namespace["S"]
-    rates = [float(namespace["schedule"](epoch * steps)) for epoch in range(10)]
-    lr0 = 0.1 * 0.9**6
-    expected = [0.1 * 0.9**e for e in range(6)] + [lr0, (lr0 + 0.05) / 2, 0.05, 0.05]
-    np.testing.assert_allclose(rates, expected, rtol=1e-6)
-
-
 # how-to-choose.md
 
 
@@ -122,7 +77,6 @@ def test_every_choice_trains():
         assert 0.85 < accuracy < 1, name
 
 
-README = (ROOT / "README.md").read_text()
 RESULTS = {path.name: path for path in sorted((ROOT / "docs/results").iterdir())}
 
 
@@ -172,28 +126,32 @@ def test_controls_are_those_of_the_results(name):
     assert f"| {' | '.join(figures)} |" in PAGES["how-to-choose.md"]
 
 
+# results.md
+
+
 @pytest.mark.parametrize("name", RESULTS)
-def test_tables_of_the_readme_are_those_of_the_results(name):
+def test_tables_are_those_of_the_results(name):
     content = read_results(name)
+    page = PAGES["results.md"]
     rows = [results.Row(**row) for row in content["rows"]]
     comparisons = [results.Comparison(**c) for c in content["comparisons"]]
     tables = results.make_markdown(rows, comparisons)
     assert (RESULTS[name] / "results.md").read_text() == tables
     lines = tables.splitlines()
     for line in lines[: len(rows) + 2]:
-        assert f"\n{line}\n" in README
+        assert f"\n{line}\n" in page
     quoted = [c for c in results.comparison_cells(comparisons) if "10" in c[0]]
     assert quoted
     for cells in quoted:
-        assert f"\n| {' | '.join(cells)} |\n" in README
-    assert f"`python -m experiments {name}" in README
-    shown = {ROOT / path for path in re.findall(r"!\[[^]]*\]\((\S+)\)", README)}
+        assert f"\n| {' | '.join(cells)} |\n" in page
+    assert f"`python -m experiments {name}" in page
+    shown = {ROOT / "docs" / path for path in re.findall(r"!\[[^]]*\]\((\S+)\)", page)}
     assert set(RESULTS[name].glob("*.png")) <= shown
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_rates_of_the_configurations_were_chosen_on_the_validation_split(name):
-    """README says so; the record of every trial is in tuning.json."""
+    """The page says so; the record of every trial is in tuning.json."""
     tuning = json.loads((RESULTS[name] / "tuning.json").read_text())
     config = read_results(name)["config"]
     named = results.config_dict(EXPERIMENTS[name][1])

@@ -125,6 +125,18 @@ def test_passes_over_a_network():
     assert [x.shape for x in actions["inference"]()] == [(2, 2, 2, 4)] * 3
 
 
+def test_the_pass_is_measured_over_forty_batches(monkeypatch):
+    small = benchmark.Convolutions(widths=(4, 4))
+    monkeypatch.setattr(benchmark, "ResNet", lambda stages: small)
+    options = Options(rounds=2, batch_size=8, image_size=8)
+    lines = [x for x in benchmark.batch_norm_pass(options) if "PyTorch" not in x.what]
+    assert len(lines) == 3
+    for line in lines:
+        assert_measured(line, "d")
+    assert lines[0].target == "at most 1.1"
+    assert lines[0].note.endswith(" ms an image, 40 batches")
+
+
 @pytest.mark.usefixtures("small_params")
 def test_sections_run(tmp_path, capsys):
     output = tmp_path / "results.json"

@@ -207,7 +207,7 @@ def test_augment_shifts_and_mirrors():
 
 
 def test_eval_batches_count_every_example_once():
-    batches = list(data.eval_batches(MemorySplit(numbered(20), 20), 8))
+    batches = list(data.EvalBatches(MemorySplit(numbered(20), 20), 8))
     assert [batch["mask"].sum() for batch in batches] == [8, 8, 4]
     assert {batch["inputs"].shape for batch in batches} == {(8, 8, 8, 1)}
     seen = np.concatenate([batch["labels"][batch["mask"]] for batch in batches])
@@ -216,7 +216,7 @@ def test_eval_batches_count_every_example_once():
 
 def test_input_batches_are_ragged_and_complete():
     examples = numbered(20)
-    batches = list(data.input_batches(MemorySplit(examples, 20), 8))
+    batches = list(data.InputBatches(MemorySplit(examples, 20), 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]
     np.testing.assert_array_equal(np.concatenate(batches), examples.inputs)
 

@@ -144,7 +144,7 @@ def test_imagenet_is_decoded_when_it_is_read(mock):
     ]
     whole = np.concatenate([share["inputs"] for share in shares])
     np.testing.assert_array_equal(whole, once[0]["inputs"])
-    evaluated = list(data.eval_batches(split, 4))
+    evaluated = list(data.EvalBatches(split, 4))
     assert [batch["mask"].sum() for batch in evaluated] == [4, 4, 1]
 
 

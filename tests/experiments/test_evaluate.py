@@ -5,7 +5,7 @@ import pytest
 
 import swa_jax
 from experiments import data, plans
-from experiments.evaluate import averaged_network, evaluate
+from experiments.evaluate import averaged_network, evaluate, fit_batch_stats
 from experiments.networks import make_model
 from experiments.train import compile_arm, train
 
@@ -36,7 +36,7 @@ def test_evaluation_matches_numpy_on_every_example(trained, split):
     losses = -logs[np.arange(20), split.examples.labels]
     accuracy = np.mean(logits.argmax(axis=1) == split.examples.labels)
     for batch_size in (8, 20, 32):  # ragged, exact, all padding at once
-        batches = data.eval_batches(split, batch_size)
+        batches = data.EvalBatches(split, batch_size)
         got = evaluate(model, state.params, state.batch_stats, batches)
         assert got.accuracy == accuracy
         np.testing.assert_allclose(got.loss, losses.mean(), rtol=1e-5)
@@ -46,7 +46,7 @@ def test_evaluation_matches_numpy_on_every_example(trained, split):
 
 def test_padding_does_not_count(trained, split):
     model, state = trained
-    batches = list(data.eval_batches(split, 8))
+    batches = list(data.EvalBatches(split, 8))
     clean = evaluate(model, state.params, state.batch_stats, batches)
     padding = ~batches[-1]["mask"]
     # Labels that the network gets right on the padding: they would raise accuracy.
@@ -65,7 +65,7 @@ def test_nothing_to_evaluate_is_an_error(trained):
 
 def test_averaged_network_has_population_statistics(trained, split):
     model, state = trained
-    batches = data.input_batches(split, 8)
+    batches = data.InputBatches(split, 8)
     assert len(batches[-1]) == 4  # ragged, and counted by its size
     before = jax.device_get(state)
     params, batch_stats = averaged_network(model, state, batches)
@@ -94,3 +94,11 @@ def test_batchnorm_pass_can_be_left_out(trained):
     chex.assert_trees_all_equal(batch_stats, state.batch_stats)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(params, state.params, rtol=1e-4)
+
+
+def test_average_without_finite_statistics_is_an_error_of_its_own(trained, split):
+    model, state = trained
+    infinite = jax.tree.map(lambda p: np.inf * p, state.params)
+    batches = data.InputBatches(split, 8)
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        fit_batch_stats(model, infinite, state.batch_stats, batches)

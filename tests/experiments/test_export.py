@@ -92,7 +92,8 @@ PARAMS = {"Dense_0": {"kernel": np.ones((2, 3), np.float32)}}
 
 
 def write_export(out, value="1"):
-    export.write_export(out, PARAMS, {}, {"experiment": "digits", "value": value})
+    with export._becoming(out) as draft:
+        export._write(draft, PARAMS, {}, {"experiment": "digits", "value": value})
 
 
 def contents(directory):

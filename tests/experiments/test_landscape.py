@@ -34,8 +34,7 @@ def test_plane_basis_is_orthonormal_and_goes_through_the_points():
 def test_points_on_a_line_have_no_plane(last):
     direction = np.arange(1.0, 5.0)
     points = np.stack([0 * direction, direction, last * direction])
-    with pytest.raises(ValueError, match="points lie on a line"):
-        landscape.plane_basis(points)
+    assert landscape.plane_basis(points) is None
 
 
 @pytest.fixture

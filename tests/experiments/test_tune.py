@@ -7,8 +7,11 @@ import pathlib
 import pytest
 import rich.console
 
+import swa_jax
 from experiments import configs, data, plans, tune
+from experiments.checkpoints import open_workdir
 from experiments.errors import StorageError
+from experiments.results import config_dict
 from experiments.train import train
 
 
@@ -263,22 +266,50 @@ def test_diverged_trial_is_never_the_best(tiny):
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
 
 
-def diverges(message):
-    def averaged_network(*args):
-        raise ValueError(message)
-
-    return averaged_network
-
-
-def test_average_that_the_batch_norm_pass_rejects_has_diverged(tiny, monkeypatch):
+@pytest.mark.parametrize("text", ["not finite", "by class, not by text"])
+def test_average_that_the_batch_norm_pass_rejects_has_diverged(tiny, monkeypatch, text):
     splits = data.load_splits(tiny, ("train", "validation"))
-    text = "batch_stats_fn: ['mean'] is not finite after the first batch; check it"
-    monkeypatch.setattr(tune, "averaged_network", diverges(text))
+
+    def rejects(kind):
+        def recompute(*args):
+            raise kind(text)
+
+        monkeypatch.setattr(swa_jax, "recompute_batch_stats", recompute)
+
+    rejects(swa_jax.NonFiniteError)
     (found,) = tune._run_trials(tiny, splits, "swa1", {})
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
-    monkeypatch.setattr(tune, "averaged_network", diverges("a mistake"))
-    with pytest.raises(ValueError, match="a mistake"):
+    rejects(ValueError)  # a mistake of the program
+    with pytest.raises(ValueError, match=text):
         tune._run_trials(tiny, splits, "swa1", {})
+
+
+def test_tuning_and_training_keep_out_of_each_others_directory(search):
+    config, ran = search
+    settings = config_dict(config)
+    with (
+        open_workdir(config.workdir, settings),
+        pytest.raises(StorageError, match="is in use by another job"),
+    ):
+        tune.tune(config, quiet())
+    assert not ran
+    made_up = tune._run_trials
+
+    def training_meanwhile(*args):
+        with (
+            pytest.raises(StorageError, match="is in use by another job"),
+            open_workdir(config.workdir, settings),
+        ):
+            pytest.fail("the tuning is at work there")
+        return made_up(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "_run_trials", training_meanwhile)
+        tune.tune(config, quiet())
+    assert ran
+    # The directory is free again, and not claimed for the settings of the tuning.
+    with open_workdir(config.workdir, {**settings, "learning_rate": 0.7}):
+        pass
 
 
 def test_loss_that_is_no_number_has_diverged(tiny, monkeypatch):
