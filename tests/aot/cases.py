@@ -54,6 +54,7 @@ TAIL = RESNET50[-11:]
 
 SGD = optax.sgd(0.1, momentum=0.9)
 SWA = optax.chain(SGD, swa_jax.swa(start_step=100, period=10))
+COMPENSATED_SWA = optax.chain(SGD, swa_jax.swa(100, 10, compensated=True))
 
 
 def mesh_of(devices: Devices, axes: AxisType = AxisType.Auto) -> Mesh:
@@ -160,6 +161,7 @@ def compile_update(
     average: str | None = None,
     memory_kind: str | None = None,
     shapes: Shapes = RESNET50,
+    compensated: bool = False,
 ) -> Report:
     """``update_average``, as it is called from a loop; the state is reused.
 
@@ -170,11 +172,13 @@ def compile_update(
       average: layout of the average, by default the parameters'.
       memory_kind: of the average.
       shapes: of the parameters.
+      compensated: the average.
     """
     mesh = mesh_of(devices, axes)
     where, elsewhere = LAYOUTS[layout](mesh), LAYOUTS[average or layout](mesh)
     params = _params(shapes, jnp.float32, where)
-    state = placed(jax.eval_shape(swa_jax.init_average, params), where)
+    init = functools.partial(swa_jax.init_average, compensated=compensated)
+    state = placed(jax.eval_shape(init, params), where)
     targets = None  # as update_average finds where both live alike
     if average or memory_kind:
         mean = placed(state.avg_params, _kept_in(memory_kind, elsewhere))
@@ -288,6 +292,24 @@ def _defects() -> dict[str, Callable[[Devices], Report]]:
 
 #: What must keep every promise.
 STEPS = _steps()
+#: What keeps them with one more buffer, a compensation as large as the average.
+COMPENSATED = {
+    "swa compensated/replicated/auto": functools.partial(
+        compile_step, tx=COMPENSATED_SWA, layout="replicated"
+    ),
+    "swa compensated/fsdp/explicit": functools.partial(
+        compile_step, tx=COMPENSATED_SWA, layout="fsdp", axes=AxisType.Explicit
+    ),
+    "swa compensated bfloat16/fsdp/auto": functools.partial(
+        compile_step,
+        tx=COMPENSATED_SWA,
+        layout="fsdp",
+        dtype=jnp.bfloat16,
+    ),
+    "update_average compensated/replicated/auto": functools.partial(
+        compile_update, layout="replicated", compensated=True
+    ),
+}
 #: Averages placed elsewhere than the parameters.
 SPREAD = {
     f"{what}/replicated/{axes.name.lower()}": functools.partial(compiler, axes=axes)

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 import swa_jax
 
@@ -327,6 +333,212 @@ def test_average_on_another_device():
     chex.assert_trees_all_equal(jax.device_get(read), model(4))
 
 
+# optax's own view of a state, and leaves that it hides.
+
+
+def layers() -> dict[str, Any]:
+    """Two layers, for masks that hide leaves or whole layers."""
+    return {
+        "encoder": {"w": np.ones((8, 4), np.float32), "b": np.ones(3, np.float32)},
+        "head": {"w": np.ones((8, 2), np.float32), "n": np.arange(3)},
+    }
+
+
+def layer_shardings(mesh) -> dict[str, Any]:
+    """A sharding for each leaf of ``layers``."""
+    return {
+        "encoder": {"w": spread(mesh), "b": everywhere(mesh)},
+        "head": {"w": spread(mesh), "n": None},
+    }
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("how", ["none", "tree", "prefix", "function"])
+def test_tree_map_params(mesh, how, compensated):
+    sharding = {
+        "none": None,
+        "tree": layer_shardings(mesh),
+        "prefix": {"encoder": everywhere(mesh), "head": everywhere(mesh)},
+        "function": where_it_divides(mesh),
+    }[how]
+    swa = swa_jax.swa(sharding=sharding, compensated=compensated)
+    tx = optax.chain(optax.adam(0.1), swa)
+    specs = jax.tree.map(lambda x: f"spec of {x.shape}", layers())
+    found = optax.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        tx.init(layers()),
+        specs,
+        transform_non_params=lambda _: "no parameter",
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    assert swa_jax.swa_state(found[-1:]) == ("no parameter", "no parameter", specs)
+    if compensated:
+        assert found[-1].compensation == specs
+
+
+MASKS = {
+    "leaf": {"encoder": {"w": True, "b": False}, "head": {"w": True, "n": False}},
+    "subtree": {"encoder": False, "head": True},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_pytree_of_shardings_under_masked(mesh, mask):
+    tx = optax.masked(swa_jax.swa(sharding=layer_shardings(mesh)), mask)
+    params = jax.device_put(layers(), everywhere(mesh))
+    _, state = jax.jit(tx.update)(layers(), jax.jit(tx.init)(params), params)
+    mean = swa_jax.swa_state(state).avg_params
+    assert local_shapes({"w": mean["head"]["w"]}) == {"w": {(1, 2)}}
+    np.testing.assert_array_equal(mean["head"]["w"], np.full((8, 2), 2.0))
+    if mask["encoder"]:
+        assert local_shapes({"w": mean["encoder"]["w"]}) == {"w": {(1, 4)}}
+        assert mean["encoder"]["b"] == optax.MaskedNode()
+    else:
+        assert mean["encoder"] == optax.MaskedNode()
+
+    specs = jax.tree.map(str, layer_shardings(mesh))
+    specs["head"]["n"] = "none"
+    seen = optax.tree_map_params(
+        tx,
+        lambda _, spec: spec,
+        state,
+        specs,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    assert swa_jax.swa_state(seen).avg_params["head"]["w"] == str(spread(mesh))
+
+
+def test_shapes_give_an_average_with_their_sharding(mesh):
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        shard(model(), mesh),
+    )
+    state = swa_jax.swa().init(shapes)
+    assert_placed_like(state.avg_params, shapes)
+    assert local_shapes(state.avg_params) == SPREAD
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(state))
+
+
+# Meshes of other kinds, and other devices.
+
+PARTS = [
+    PartitionSpec(),
+    PartitionSpec("explicit"),
+    PartitionSpec("auto"),
+    PartitionSpec("explicit", "auto"),
+    PartitionSpec(None, "auto"),
+]
+
+
+@pytest.mark.parametrize("average", PARTS, ids=str)
+@pytest.mark.parametrize("parameters", PARTS, ids=str)
+def test_mesh_with_axes_of_both_kinds(parameters, average):
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("explicit", "auto"), axis_types=kinds)
+    target = NamedSharding(mesh, average)
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+    with jax.set_mesh(mesh):
+        params = jax.device_put({"w": values}, NamedSharding(mesh, parameters))
+        tx = optax.chain(optax.sgd(1.0), swa_jax.swa(sharding=target))
+        _, opt_state, _ = train(tx, params)
+        inside = swa_jax.swa_state(opt_state).avg_params["w"]
+        state = swa_jax.init_average(params, sharding=target)
+        for _ in range(2):
+            state = swa_jax.update_average(state, params)
+        read = swa_jax.swa_params(state, params)["w"]
+    np.testing.assert_array_equal(inside, values + 2)
+    for mean in (inside, state.avg_params["w"]):
+        assert mean.sharding.is_equivalent_to(target, 2)
+    np.testing.assert_array_equal(read, values)
+    assert_placed_like(read, params["w"])
+
+
+@pytest.mark.parametrize("average", [PartitionSpec(), PartitionSpec("data")], ids=str)
+@pytest.mark.parametrize("axes", AXES)
+def test_devices_in_another_order(axes, average):
+    devices = np.array(jax.devices())
+    mesh, other = (
+        Mesh(order, ("data",), axis_types=(axes,)) for order in (devices, devices[::-1])
+    )
+    values = np.arange(16, dtype=np.float32)
+    params = jax.device_put({"w": values}, spread(mesh))
+    target = NamedSharding(other, average)
+    state = swa_jax.init_average(params, sharding=target)
+    tx = swa_jax.swa(sharding=target)
+    opt_state = tx.init(params)
+    for factor in (1, 3):
+        model = jax.tree.map(lambda x, factor=factor: factor * x, params)
+        state = swa_jax.update_average(state, model, sample=True)
+        _, opt_state = tx.update(jax.tree.map(jnp.zeros_like, model), opt_state, model)
+    for found in (state, opt_state):
+        np.testing.assert_array_equal(found.avg_params["w"], 2 * values)
+        assert found.avg_params["w"].sharding.is_equivalent_to(target, 1)
+        assert_placed_like(swa_jax.swa_params(found, params), params)
+    # The weights come from the other order instead.
+    moved = jax.device_put(params, NamedSharding(other, PartitionSpec("data")))
+    kept = swa_jax.update_average(swa_jax.init_average(params), moved)
+    assert_placed_like(kept.avg_params, params)
+    np.testing.assert_array_equal(kept.avg_params["w"], values)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_leaves_on_different_devices(skip_nonfinite, compensated):
+    """As in a pipeline, where no single compiled call could hold them all."""
+    first, second = jax.devices()[1:3]
+    params = {
+        "a": jax.device_put(jnp.full(4, 1.0), first),
+        "b": jax.device_put(jnp.full(3, 2.0), second),
+        "n": jax.device_put(jnp.arange(3), second),
+        "anywhere": jnp.full(2, 3.0),
+    }
+    state = swa_jax.init_average(params, compensated=compensated)
+    tx = swa_jax.swa(skip_nonfinite=skip_nonfinite, compensated=compensated)
+    opt_state = tx.init(params)
+    zeros = jax.tree.map(lambda x: 0 * x, params)
+    for factor in (1, 2, 6):
+        model = jax.tree.map(lambda x, factor=factor: factor * x, params)
+        old = state
+        swa_jax.averaged_with(old, model)  # leaves it as it is
+        state = swa_jax.update_average(old, model, skip_nonfinite=skip_nonfinite)
+        assert all(x.is_deleted() for x in jax.tree.leaves(old))
+        _, opt_state = tx.update(zeros, opt_state, model)
+    expected = jax.tree.map(lambda x: 3 * np.asarray(x), params) | {"n": [0, 6, 12]}
+    for found in (state, opt_state):
+        assert int(found.num_averaged) == 3
+        assert_placed_like(found.avg_params, params)
+        for name, mean in found.avg_params.items():
+            np.testing.assert_array_equal(mean, expected[name])
+    with pytest.raises(RuntimeError, match="state has been donated"):
+        swa_jax.update_average(old, params)
+
+
+@pytest.mark.parametrize("leaves", ["sharded", "spread", "restored"])
+def test_no_implicit_transfers(mesh, leaves):
+    """Counters and restored arrays are moved explicitly, as the guard demands."""
+    params = shard(model(), mesh)
+    zeros = jax.tree.map(lambda x: 0 * x, params)
+    rule = where_it_divides(mesh) if leaves == "spread" else None
+    if leaves == "spread":
+        params, zeros = jax.device_put((params, zeros), everywhere(mesh))
+    tx = swa_jax.swa(2, skip_nonfinite=True, sharding=rule)
+    restored = jax.device_get(swa_jax.init_average(params))
+    with jax.transfer_guard("disallow"):
+        state = restored
+        if leaves != "restored":
+            state = swa_jax.init_average(params, sharding=rule)
+        for sample in (None, True, np.bool_(False)):
+            state = swa_jax.update_average(state, params, sample=sample)
+        opt_state = tx.init(params)
+        for _ in range(3):
+            _, opt_state = tx.update(zeros, opt_state, params)
+    for found in (state, opt_state):
+        assert int(found.num_averaged) == 2
+        assert local_shapes(found.avg_params) == SPREAD
+        chex.assert_trees_all_equal(jax.device_get(found.avg_params), model())
+
+
 # Host memory.
 
 needs_host_memory = pytest.mark.skipif(
@@ -391,14 +603,14 @@ def test_average_in_host_memory_inside_jit(mesh):
 
 
 @needs_host_memory
-def test_average_in_host_memory_of_one_device():
+@pytest.mark.parametrize("compensated", [False, True])
+def test_average_in_host_memory_of_one_device(compensated):
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    state = swa_jax.init_average(model(), sharding=host)
+    state = swa_jax.init_average(model(), sharding=host, compensated=compensated)
     for value in (2, 4):
         state = swa_jax.update_average(state, model(value))
-    assert {x.sharding.memory_kind for x in state.avg_params.values()} == {
-        "pinned_host"
-    }
+    hosted = (state.avg_params, state.compensation if compensated else {})
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(hosted)} == {"pinned_host"}
     read = swa_jax.swa_params(state, model())
     chex.assert_trees_all_equal(jax.device_get(read), model(3))
 
