@@ -189,6 +189,8 @@ def _misfit(path: Any, param: Any, found: str, fix: str) -> str:
 
 def _read(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
     """The value to use, in a buffer of its own."""
+    if mean is None and not hasattr(param, "dtype"):
+        return param  # a function, say, that was hidden because it is no array
     if not isinstance(param, jax.Array):
         param = jax.device_put(param)  # explicitly, as a transfer guard demands
     if mean is None or some is False:
