@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import swa_jax
 
@@ -945,3 +947,74 @@ def test_an_opaque_layer_does_not_pay_for_every_batch():
     # The first batch from all old values, twice, and the last once: not each batch.
     old_values = 3 + 4
     assert len(calls) == 19 + 3 * old_values
+
+
+# Found by trying to break it.
+
+
+def test_a_stream_may_fill_one_buffer_again_and_again():
+    """The CPU would take an aligned NumPy array of this size as it lies in memory."""
+    batches = data((4096,) * 6)
+    memory = np.zeros(4096 * 4 * 4 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    buffer = memory[start : start + 4096 * 4 * 4].view(np.float32).reshape(4096, 4)
+
+    def stream():
+        for x in batches:
+            buffer[...] = x
+            yield buffer
+
+    new = recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), stream())
+    assert_close(new, moments(whole(batches)))
+
+
+@pytest.mark.parametrize("own", [np.inf, np.nan, 1e-40])
+def test_old_statistics_may_be_anything(own):
+    stats = {"mean": jnp.full(4, own), "var": jnp.full(4, own)}
+    with np.errstate(all="raise"):
+        new = recompute(lambda p, s, x: ema(s, x), 1.0, stats, data())
+    assert_close(new, moments(whole(data())))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_average_that_leaves_outliers_out_is_refused(beside):
+    """Idle from variance 0 and from far above, but not from its own values."""
+
+    def fn(params, stats, x):
+        old = stats["robust"]
+        accepted = jnp.abs(x.mean(0) - old["mean"]) < 3 * jnp.sqrt(old["var"])
+        new = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), ema(old, x), old
+        )
+        return {k: new if k == "robust" else ema(v, x) for k, v in stats.items()}
+
+    stats = {"robust": {"mean": jnp.full(4, 2.0), "var": jnp.full(4, 4.0)}}
+    if beside:
+        stats["plain"] = fresh()
+    with pytest.raises(ValueError, match=r"outlier.*'robust/mean'.*keep="):
+        recompute(fn, 1.0, stats, data())
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_that_are_sharded_over_channels(axis_type):
+    mesh = Mesh(np.array(jax.devices()), ("channels",), axis_types=(axis_type,))
+    over = NamedSharding(mesh, P("channels"))
+    batches = data(features=8)
+    with jax.set_mesh(mesh):
+        fed = jax.device_put(batches, NamedSharding(mesh, P(None, "channels")))
+        stats = jax.device_put(fresh(8), over)
+        new = recompute(lambda p, s, x: ema(s, x), 1.0, stats, fed)
+    assert new["mean"].sharding == over
+    assert_close(new, moments(whole(batches)))
+
+
+def test_what_is_no_array_is_named():
+    def fn(params, stats, x):
+        return ema(stats, x)
+
+    with pytest.raises(
+        TypeError, match=r"batch_stats\['act'\] must be an array, got f"
+    ):
+        recompute(fn, 1.0, {**fresh(), "act": lambda x: x}, data())
+    with pytest.raises(TypeError, match=r"params\['act'\] must be an array, got str"):
+        recompute(fn, {"act": "tanh"}, fresh(), data())
