@@ -26,9 +26,9 @@ def check_arrays(**trees: PyTree) -> None:
             number = isinstance(leaf, bool | int | float | complex | np.generic)
             if not number and not isinstance(leaf, jax.Array | np.ndarray):
                 raise TypeError(
-                    f"recompute_batch_stats: {argument}{jax.tree_util.keystr(path)} must "
-                    f"be an array, got {type(leaf).__name__}; pass arrays only, and let "
-                    "batch_stats_fn hold the rest (in Equinox, params, rest = "
+                    f"recompute_batch_stats: {argument}{jax.tree_util.keystr(path)} "
+                    f"must be an array, got {type(leaf).__name__}; pass arrays only, "
+                    "and let batch_stats_fn hold the rest (in Equinox, params, rest = "
                     "eqx.partition(model, eqx.is_array))"
                 )
 

@@ -513,9 +513,9 @@ class _Pass:
             self._resize(self.layout)
             run = self._again(run, full=True)
         raise ValueError(
-            f"batch_stats_fn: it cannot be told which leaves {run.which} updates, since "
-            "that changes with the old statistics, as where an outlier is left out: see "
-            f"{some(self.names[i] for i in sorted(changed | idle))}; name leaves that "
+            f"batch_stats_fn: it cannot be told which leaves {run.which} updates, "
+            "since that changes with the old statistics, as where an outlier is left "
+            f"out: see {some(self.names[i] for i in sorted(changed | idle))}; name leaves that "
             "are to stay as they are in keep="
         )
 
