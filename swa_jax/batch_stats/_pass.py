@@ -103,7 +103,9 @@ def recompute_batch_stats(
         name such as ``"BatchNorm_0"`` or ``"BatchNorm_0/mean"``, several names, or a
         function from a leaf's whole name to bool.
       pairs: for ``"pooled"``, own names of variances with those of their means, as in
-        ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple. Known are ``var`` and
+        ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple; whole names, as in
+        ``{"norm/var_ema/hidden": "norm/mean_ema/hidden"}``, where parents differ.
+        Known are ``var`` and
         ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
         ``moving_mean``, ``var_ema`` and ``mean_ema``, under one parent and of one
         shape. Any other leaf is averaged like a mean; a warning names those that might
@@ -515,8 +517,8 @@ class _Pass:
         raise ValueError(
             f"batch_stats_fn: it cannot be told which leaves {run.which} updates, "
             "since that changes with the old statistics, as where an outlier is left "
-            f"out: see {some(self.names[i] for i in sorted(changed | idle))}; name leaves that "
-            "are to stay as they are in keep="
+            f"out: see {some(self.names[i] for i in sorted(changed | idle))}; name "
+            "leaves that are to stay as they are in keep="
         )
 
     def _changed(self, run: _Run) -> set[int]:

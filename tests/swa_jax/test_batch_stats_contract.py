@@ -516,6 +516,19 @@ def test_tuples_and_lists(kind):
     np.testing.assert_allclose(within[1], want, rtol=1e-5)
 
 
+def test_pairs_under_different_parents_by_whole_names():
+    def fn(params, stats, x):
+        found = {f"{key}_ema": {"hidden": x} for key, x in moments(x).items()}
+        return {"n": jax.tree.map(lambda o, b: 0.9 * o + 0.1 * b, stats["n"], found)}
+
+    zero = {"hidden": jnp.zeros(4)}
+    pairs = {"n/var_ema/hidden": "n/mean_ema/hidden"}
+    stats = {"n": {"mean_ema": zero, "var_ema": zero}}
+    new = recompute(fn, 1.0, stats, data(), pairs=pairs)["n"]
+    got = {key: new[f"{key}_ema"]["hidden"] for key in ("mean", "var")}
+    assert_close(got, moments(whole(data())))
+
+
 def test_shapes_that_do_not_fit_make_no_pair():
     def fn(params, stats, x):
         centred = x - x.mean(0)
@@ -954,17 +967,17 @@ def test_an_opaque_layer_does_not_pay_for_every_batch():
 
 def test_a_stream_may_fill_one_buffer_again_and_again():
     """The CPU would take an aligned NumPy array of this size as it lies in memory."""
-    batches = data((4096,) * 6)
-    memory = np.zeros(4096 * 4 * 4 + 64, np.uint8)
+    batches = data((16384,) * 8, features=16)
+    memory = np.zeros(2**20 + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    buffer = memory[start : start + 4096 * 4 * 4].view(np.float32).reshape(4096, 4)
+    buffer = memory[start : start + 2**20].view(np.float32).reshape(-1, 16)
 
     def stream():
         for x in batches:
             buffer[...] = x
             yield buffer
 
-    new = recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), stream())
+    new = recompute(lambda p, s, x: ema(s, x), 1.0, fresh(16), stream())
     assert_close(new, moments(whole(batches)))
 
 
