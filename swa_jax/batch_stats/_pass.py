@@ -105,8 +105,7 @@ def recompute_batch_stats(
       pairs: for ``"pooled"``, own names of variances with those of their means, as in
         ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple; whole names, as in
         ``{"norm/var_ema/hidden": "norm/mean_ema/hidden"}``, where parents differ.
-        Known are ``var`` and
-        ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
+        Known are ``var`` and ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
         ``moving_mean``, ``var_ema`` and ``mean_ema``, under one parent and of one
         shape. Any other leaf is averaged like a mean; a warning names those that might
         be variances.
@@ -199,8 +198,8 @@ def _say_what_is_single(totals: Totals, names: list[Name], single: set[int]) -> 
         warnings.warn(
             "recompute_batch_stats: mode='pooled' found no mean that belongs to "
             f"{some(unsure)}; if these are variances, the spread between batches is "
-            "missing in them: name their means with pairs={'variance': 'mean'}. If not, "
-            "they are right; mode='sample_weighted' says that this is meant",
+            "missing in them: name their means, by own or whole names, with "
+            "pairs={'variance': 'mean'}. If not, they are right; mode='sample_weighted' says that this is meant",
             stacklevel=3,
         )
 
