@@ -19,6 +19,20 @@ def check_concrete(*trees: PyTree) -> None:
         )
 
 
+def check_arrays(**trees: PyTree) -> None:
+    """Raises for a leaf that is no array, such as a function beside the weights."""
+    for argument, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            number = isinstance(leaf, bool | int | float | complex | np.generic)
+            if not number and not isinstance(leaf, jax.Array | np.ndarray):
+                raise TypeError(
+                    f"recompute_batch_stats: {argument}{jax.tree_util.keystr(path)} "
+                    f"must be an array, got {type(leaf).__name__}; pass arrays only, "
+                    "and let batch_stats_fn hold the rest (in Equinox, params, rest = "
+                    "eqx.partition(model, eqx.is_array))"
+                )
+
+
 def mapped_devices(axis_name: str, *trees: PyTree) -> int:
     """The devices of this process along a mapped axis, from the arrays' leading one."""
     found: dict[Any, str] = {}

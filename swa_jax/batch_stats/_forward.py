@@ -179,10 +179,12 @@ def _old_values(own: Any, size: Any, far: float, code: np.ndarray) -> jax.Array:
     odd = sum(
         jax.lax.broadcasted_iota(jnp.int32, own.shape, d) for d in range(own.ndim)
     )
-    odd = odd % 2 == 1 if own.ndim else False
+    first, second = code.reshape(2, -1, *[1] * own.ndim)
+    moves = jnp.where(odd % 2 == 1, second, first)
     filled = jnp.full_like(own, far * (1 + 1j) if jnp.iscomplexobj(own) else far)
-    coded = [jnp.where(jnp.where(odd, *moves[::-1]), size, zero) for moves in code.T]
-    return jnp.stack([zero, filled, own, *coded])
+    # A product, since a choice would need sharding like that of ``size``.
+    coded = moves.astype(size.dtype) * size[None]
+    return jnp.concatenate([jnp.stack([zero, filled, own]), coded])
 
 
 class Look(NamedTuple):

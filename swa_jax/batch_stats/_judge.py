@@ -74,6 +74,7 @@ class Judge:
         self._expected: tuple[Any, ...] = (b"",)
         self._known: dict[tuple[float, Any, Any], float | None] = {}
 
+    @np.errstate(all="ignore")
     def resize(self, sizes: np.ndarray) -> None:
         """Takes positive values of the statistics' own size, shape (elements,)."""
         coded = np.where(self.moves, sizes, 0)
@@ -81,6 +82,7 @@ class Judge:
         self.rows = np.array([[*fixed, own, *coded] for own in self.own])
         self._expected = (b"",)
 
+    @np.errstate(all="ignore")  # also where the user wants errors of NumPy's
     def judge(
         self,
         out: np.ndarray,
@@ -124,9 +126,8 @@ class Judge:
                 one, rows = one.astype(np.float64), self.rows[device]
                 found = shares.check_rows(one, rows, momenta, self.eps, self.at)
                 trouble.update(self._troubles(found, one, which))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            divisors = np.array([self.at.spread(s) for s in share])
-            values = everywhere[:, ZERO] / divisors
+        divisors = np.array([self.at.spread(s) for s in share])
+        values = everywhere[:, ZERO] / divisors
         return Verdict(values, touched, np.where(touched, share, 0), trouble)
 
     def _plainly_holds(self, device: int, out: np.ndarray, old: np.ndarray) -> bool:
@@ -151,6 +152,7 @@ class Judge:
         # NaN and infinity fail.
         return bool((off <= slack[device]).all() and np.isfinite(out[ZERO]).all())
 
+    @np.errstate(all="ignore")
     def judge_briefly(self, zero: np.ndarray, known: Verdict) -> Verdict | None:
         """Takes a run from 0 alone to have the shares of an earlier one.
 
@@ -166,9 +168,8 @@ class Judge:
             return None
         if ((some_value > 0) != known.touched).any():
             return None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.array([self.at.spread(s) for s in known.share])
-            return known._replace(values=zero / share)
+        share = np.array([self.at.spread(s) for s in known.share])
+        return known._replace(values=zero / share)
 
     def _share_of(self, momenta: shares.Momenta) -> list[float | None]:
         found = []

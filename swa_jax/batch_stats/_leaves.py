@@ -104,7 +104,7 @@ def find_partners(
     Args:
       names: of the leaves.
       shapes: of the leaves; only leaves of one shape belong together.
-      pairs: own names of more variances, each with that of its mean.
+      pairs: own or whole names of more variances, each with such a name of its mean.
 
     Raises:
       TypeError: ``pairs`` is not a mapping from names to names.
@@ -120,14 +120,17 @@ def find_partners(
     known = {**PAIRS, **(pairs or {})}
     means = set(known.values())
     at = {name.parts: i for i, name in enumerate(names)}
+    whole = {name.short: i for i, name in enumerate(names)}
     partners = Partners({}, set())
     for i, name in enumerate(names):
         own = name.parts[-1] if name.parts else ""
         mean = at.get((*name.parts[:-1], known[own])) if own in known else None
+        mean = whole.get(known.get(name.short, ""), mean)
         if mean is not None and mean != i and shapes[mean] == shapes[i]:
             partners.mean_of[i] = mean
         elif own not in means or own in known:
             partners.single.add(i)
+    partners.single.difference_update(partners.mean_of.values())
     return partners
 
 

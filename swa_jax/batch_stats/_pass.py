@@ -17,6 +17,7 @@ import numpy as np
 from swa_jax.batch_stats import _forward as forward
 from swa_jax.batch_stats._batches import BatchWeight, check_batches, weights_of
 from swa_jax.batch_stats._checks import (
+    check_arrays,
     check_concrete,
     check_like,
     mapped_devices,
@@ -102,8 +103,9 @@ def recompute_batch_stats(
         name such as ``"BatchNorm_0"`` or ``"BatchNorm_0/mean"``, several names, or a
         function from a leaf's whole name to bool.
       pairs: for ``"pooled"``, own names of variances with those of their means, as in
-        ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple. Known are ``var`` and
-        ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
+        ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple; whole names, as in
+        ``{"norm/var_ema/hidden": "norm/mean_ema/hidden"}``, where parents differ.
+        Known are ``var`` and ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
         ``moving_mean``, ``var_ema`` and ``mean_ema``, under one parent and of one
         shape. Any other leaf is averaged like a mean; a warning names those that might
         be variances.
@@ -122,8 +124,8 @@ def recompute_batch_stats(
         of the batch alone; an ``a`` that has been rounded so much that ``1 - a`` is not
         known to 1e-5 (float32; 1e-9 in float64, 1e-3 in narrower dtypes).
       NonFiniteError: (a ValueError) a NaN or an infinity in a batch's statistics.
-      TypeError: ``batches`` is one array, one batch or a function; a call under
-        ``jax.jit``.
+      TypeError: ``batches`` is one array, one batch or a function; a leaf of params or
+        batch_stats that is no array; a call under ``jax.jit``.
 
     Note:
       One thing ``a`` cannot tell. A Python momentum of 0.9999 leaves the batch a share
@@ -131,6 +133,11 @@ def recompute_batch_stats(
       share of 1.00017e-4. Both have the same ``a``, and where a short decimal fits it
       is taken for the first: the other comes out 1.7e-4 too large at 0.9999, 1.4e-3 at
       0.99999. Averages from 1 - 1/n or of a power of two are recognised as well.
+
+      Of a model that updates one leaf several times in a call (a layer that is used
+      twice, micro-batches in a scan) the pass sees what they come to: the later ones
+      weigh more, and a variance lacks the spread between them. Give the parts as
+      batches of their own where that matters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -191,8 +198,8 @@ def _say_what_is_single(totals: Totals, names: list[Name], single: set[int]) -> 
         warnings.warn(
             "recompute_batch_stats: mode='pooled' found no mean that belongs to "
             f"{some(unsure)}; if these are variances, the spread between batches is "
-            "missing in them: name their means with pairs={'variance': 'mean'}. If not, "
-            "they are right; mode='sample_weighted' says that this is meant",
+            "missing in them: name their means, by own or whole names, with "
+            "pairs={'variance': 'mean'}. If not, they are right; mode='sample_weighted' says that this is meant",
             stacklevel=3,
         )
 
@@ -236,6 +243,7 @@ class _Pass:
         self.names = [Name.of(path) for path, _ in paths]
         self.given = [leaf for _, leaf in paths]
         check_concrete(params, self.given)
+        check_arrays(params=params, batch_stats=batch_stats)
         self.devices = None
         if axis_name is not None:
             self.devices = mapped_devices(axis_name, params, batch_stats)
@@ -395,6 +403,7 @@ class _Pass:
         sizes = to_host(self.device_sizes)
         self.judge.resize(flat([x if self.devices else x[None] for x in sizes], 1)[0])
 
+    @np.errstate(all="ignore")
     def _placed(self, values: np.ndarray, leaf: int, dtype: Any) -> jax.Array:
         """Elements as a leaf, with the device axis if there is one."""
         if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -442,7 +451,7 @@ class _Pass:
     def _count(self, run: _Run) -> None:
         """Judges a batch and adds it to the totals."""
         run, verdict = self._settle(run)
-        order = [self.eligible.index(i) for i in run.layout.moved]
+        order = np.searchsorted(self.eligible, run.layout.moved)
         for device, weight in enumerate(self._weights(run)):
             touched = np.zeros(len(self.eligible), bool)
             values = np.zeros_like(self.totals.values)
@@ -469,12 +478,15 @@ class _Pass:
           ValueError: a leaf cannot be believed.
         """
         removed: set[int] = set()
+        changed, idle = set[int](), set[int]()
         for _ in range(_TRIES):
             if run.layout.moved != self.layout.moved:
                 run = self._again(run)
             moved = run.layout.moved
             changed = self._changed(run)
-            if changed and not changed & removed:
+            if changed & removed:
+                break  # idle from 0 and from far above, and yet not from its own values
+            if changed:
                 self._move({*moved, *changed}, run.batch)
                 continue
             verdict = self._verdict(run)
@@ -503,9 +515,10 @@ class _Pass:
             self._resize(self.layout)
             run = self._again(run, full=True)
         raise ValueError(
-            f"batch_stats_fn: it cannot be told which leaves {run.which} updates, since "
-            "that changes with the old statistics; name leaves that are to stay as "
-            "they are in keep="
+            f"batch_stats_fn: it cannot be told which leaves {run.which} updates, "
+            "since that changes with the old statistics, as where an outlier is left "
+            f"out: see {some(self.names[i] for i in sorted(changed | idle))}; name "
+            "leaves that are to stay as they are in keep="
         )
 
     def _changed(self, run: _Run) -> set[int]:
@@ -568,6 +581,7 @@ class _Pass:
             )
 
 
+@np.errstate(all="ignore")
 def _sizes(values: np.ndarray) -> np.ndarray:
     """Magnitudes, the largest over the leading axis, none much below the others."""
     size = np.max(np.abs(values), 0)

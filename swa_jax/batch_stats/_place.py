@@ -11,13 +11,18 @@ import numpy as np
 
 
 def to_device(tree: Any) -> Any:
-    """The tree with its NumPy arrays and numbers on the default device."""
-    if jax.process_count() > 1:
-        return tree  # jit takes what is the same on every process for global
+    """A copy of the tree with its NumPy arrays and numbers on the default device.
+
+    Never their own memory, as ``jax.device_put`` gives on a CPU: a stream may fill one
+    buffer again and again, and a batch is judged when the next one has been read.
+    """
+    here = jax.process_count() == 1  # else jit takes what is the same for global
 
     def move(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = leaf.copy()
         plain = isinstance(leaf, np.ndarray | np.generic | int | float | complex)
-        return jax.device_put(leaf) if plain else leaf
+        return jax.device_put(leaf) if plain and here else leaf
 
     return jax.tree.map(move, tree)
 

@@ -80,10 +80,9 @@ def read_momenta(
       eps: spacing of floats at 1 in each leaf's dtype, shape (leaves,).
       at: where the leaves lie.
     """
-    with np.errstate(invalid="ignore", over="ignore"):
-        slope = (far - zero) / start
-        low, high = at.least(slope), at.largest(slope)
-        constant = high - low <= ROUNDINGS * eps
+    slope = (far - zero) / start
+    low, high = at.least(slope), at.largest(slope)
+    constant = high - low <= ROUNDINGS * eps
     old = high.copy()
     # The batch's term rounds away first where it is smallest.
     for leaf in np.flatnonzero(low != high):
@@ -120,19 +119,17 @@ def check_rows(
       at: where the leaves lie.
     """
     zero = out[ZERO]
-    with np.errstate(invalid="ignore", over="ignore"):
-        off = np.abs(out - zero - at.spread(momenta.old) * rows)
-        size = np.abs(out) + np.abs(zero) + np.abs(rows)
-        line = ROUNDINGS * at.spread(eps) * size
+    off = np.abs(out - zero - at.spread(momenta.old) * rows)
+    size = np.abs(out) + np.abs(zero) + np.abs(rows)
+    line = ROUNDINGS * at.spread(eps) * size
     # Next to a batch's term alone much less is seen than next to an old value: this is
     # what tells a layer of momentum 0.9999 that follows another from one that does not.
     noise = 2 * np.minimum(eps, np.finfo(np.float32).eps) * at.largest(np.abs(zero))
     still = at.spread(precision(eps)) / 4 * np.abs(zero) + at.spread(noise)
     moved = rows != 0
-    with np.errstate(invalid="ignore"):
-        bad = ~(off <= np.where(moved, line, still))  # NaN is bad
+    bad = ~(off <= np.where(moved, line, still))  # NaN is bad
     bad[ZERO] = bad[FAR] = False
-    bad &= ~np.isnan(rows)  # an old statistic may be anything
+    bad &= np.isfinite(rows)  # an old statistic may be anything
     seen = at.largest(bad & ~moved)
     return Check(
         finite=at.least(np.isfinite(zero)),

@@ -26,6 +26,7 @@ class Totals:
         self.values = np.zeros(int(at.lengths.sum()))
         self.least = np.zeros(len(at.starts))
 
+    @np.errstate(all="ignore")
     def add(self, values: np.ndarray, touched: np.ndarray, weight: float) -> None:
         """Adds one batch.
 

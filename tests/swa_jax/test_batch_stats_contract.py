@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import swa_jax
 
@@ -514,6 +516,19 @@ def test_tuples_and_lists(kind):
     np.testing.assert_allclose(within[1], want, rtol=1e-5)
 
 
+def test_pairs_under_different_parents_by_whole_names():
+    def fn(params, stats, x):
+        found = {f"{key}_ema": {"hidden": x} for key, x in moments(x).items()}
+        return {"n": jax.tree.map(lambda o, b: 0.9 * o + 0.1 * b, stats["n"], found)}
+
+    zero = {"hidden": jnp.zeros(4)}
+    pairs = {"n/var_ema/hidden": "n/mean_ema/hidden"}
+    stats = {"n": {"mean_ema": zero, "var_ema": zero}}
+    new = recompute(fn, 1.0, stats, data(), pairs=pairs)["n"]
+    got = {key: new[f"{key}_ema"]["hidden"] for key in ("mean", "var")}
+    assert_close(got, moments(whole(data())))
+
+
 def test_shapes_that_do_not_fit_make_no_pair():
     def fn(params, stats, x):
         centred = x - x.mean(0)
@@ -945,3 +960,74 @@ def test_an_opaque_layer_does_not_pay_for_every_batch():
     # The first batch from all old values, twice, and the last once: not each batch.
     old_values = 3 + 4
     assert len(calls) == 19 + 3 * old_values
+
+
+# Found by trying to break it.
+
+
+def test_a_stream_may_fill_one_buffer_again_and_again():
+    """The CPU would take an aligned NumPy array of this size as it lies in memory."""
+    batches = data((16384,) * 8, features=16)
+    memory = np.zeros(2**20 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    buffer = memory[start : start + 2**20].view(np.float32).reshape(-1, 16)
+
+    def stream():
+        for x in batches:
+            buffer[...] = x
+            yield buffer
+
+    new = recompute(lambda p, s, x: ema(s, x), 1.0, fresh(16), stream())
+    assert_close(new, moments(whole(batches)))
+
+
+@pytest.mark.parametrize("own", [np.inf, np.nan, 1e-40])
+def test_old_statistics_may_be_anything(own):
+    stats = {"mean": jnp.full(4, own), "var": jnp.full(4, own)}
+    with np.errstate(all="raise"):
+        new = recompute(lambda p, s, x: ema(s, x), 1.0, stats, data())
+    assert_close(new, moments(whole(data())))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_average_that_leaves_outliers_out_is_refused(beside):
+    """Idle from variance 0 and from far above, but not from its own values."""
+
+    def fn(params, stats, x):
+        old = stats["robust"]
+        accepted = jnp.abs(x.mean(0) - old["mean"]) < 3 * jnp.sqrt(old["var"])
+        new = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), ema(old, x), old
+        )
+        return {k: new if k == "robust" else ema(v, x) for k, v in stats.items()}
+
+    stats = {"robust": {"mean": jnp.full(4, 2.0), "var": jnp.full(4, 4.0)}}
+    if beside:
+        stats["plain"] = fresh()
+    with pytest.raises(ValueError, match=r"outlier.*'robust/mean'.*keep="):
+        recompute(fn, 1.0, stats, data())
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_that_are_sharded_over_channels(axis_type):
+    mesh = Mesh(np.array(jax.devices()), ("channels",), axis_types=(axis_type,))
+    over = NamedSharding(mesh, P("channels"))
+    batches = data(features=8)
+    with jax.set_mesh(mesh):
+        fed = jax.device_put(batches, NamedSharding(mesh, P(None, "channels")))
+        stats = jax.device_put(fresh(8), over)
+        new = recompute(lambda p, s, x: ema(s, x), 1.0, stats, fed)
+    assert new["mean"].sharding == over
+    assert_close(new, moments(whole(batches)))
+
+
+def test_what_is_no_array_is_named():
+    def fn(params, stats, x):
+        return ema(stats, x)
+
+    with pytest.raises(
+        TypeError, match=r"batch_stats\['act'\] must be an array, got f"
+    ):
+        recompute(fn, 1.0, {**fresh(), "act": lambda x: x}, data())
+    with pytest.raises(TypeError, match=r"params\['act'\] must be an array, got str"):
+        recompute(fn, {"act": "tanh"}, fresh(), data())
