@@ -13,9 +13,9 @@ def check_concrete(*trees: PyTree) -> None:
     """Raises inside a trace, where the loop over batches cannot run."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
         raise TypeError(
-            "recompute_batch_stats received values that are being traced: it loops over "
-            "batches on the host, and compiles the forward pass itself. Call it outside "
-            "jax.jit, jax.pmap and the like; for pmap there is axis_name="
+            "recompute_batch_stats received values that are being traced: it loops "
+            "over batches on the host, and compiles the forward pass itself. Call it "
+            "outside jax.jit, jax.pmap and the like; for pmap there is axis_name="
         )
 
 
@@ -43,14 +43,13 @@ def mapped_devices(axis_name: str, *trees: PyTree) -> int:
     devices = jax.local_device_count()
     if len(found) == 1 and () not in found and 0 < next(iter(found))[0] <= devices:
         return int(next(iter(found))[0])
-    leads = ", ".join(
-        f"{n} has {lead or 'none'}" for lead, n in list(found.items())[:4]
-    )
+    some = list(found.items())[:4]
+    leads = ", ".join(f"{name} has {lead or 'none'}" for lead, name in some)
     raise ValueError(
-        f"axis_name={axis_name!r} says that params and batch_stats carry pmap's leading "
-        f"device axis, of at most {devices} devices, but {leads}. Fix: stack a copy for "
-        "each device, as in jax.tree.map(lambda x: jnp.stack([x] * n), params), or "
-        "leave axis_name out"
+        f"axis_name={axis_name!r} says that params and batch_stats carry pmap's "
+        f"leading device axis, of at most {devices} devices, but {leads}. Fix: stack a "
+        "copy for each device, as in jax.tree.map(lambda x: jnp.stack([x] * n), "
+        "params), or leave axis_name out"
     )
 
 

@@ -137,10 +137,8 @@ def _run(
         rows = list(map(_old_values, starts, sizes, layout.far, codes))
     else:
         rows = [jnp.zeros_like(x)[None] for x in starts]
-    if layout.merged:
-        new = jax.vmap(forward)(rows)
-    else:
-        new = jax.lax.map(forward, rows)
+    several = jax.vmap if layout.merged else _one_after_the_other
+    new = several(forward)(rows)
     moved = [new[place] for place in layout.moved]
     own = OWN if layout.full else 0
     rest = [x[own] for place, x in enumerate(new) if place not in layout.moved]
@@ -148,6 +146,10 @@ def _run(
         return Outputs(moved, rest, [])
     shared = [weight, *(x[:2] for x in moved)]
     return Outputs(moved, rest, [jax.lax.all_gather(x, axis_name) for x in shared])
+
+
+def _one_after_the_other(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(jax.lax.map, fn)
 
 
 def old_value_codes(leaves: int) -> np.ndarray:
@@ -240,9 +242,9 @@ def _source(jaxpr: Any, var: Any) -> int | None:
                     len(eqn.outvars),
                 )
                 if same_call and eqn.primitive.name not in ("scan", "while"):
-                    number = _source(inner, inner.outvars[place])
-                    if number is not None:
-                        return _source(jaxpr, eqn.invars[number])
+                    source = _source(inner, inner.outvars[place])
+                    if source is not None:
+                        return _source(jaxpr, eqn.invars[source])
             return None
     return None
 

@@ -9,7 +9,7 @@ import numpy as np
 from swa_jax.batch_stats import _share as shares
 from swa_jax.batch_stats._forward import Layout, old_value_codes, second_half
 from swa_jax.batch_stats._leaves import Name, some
-from swa_jax.batch_stats._share import OWN, ZERO, Segments
+from swa_jax.batch_stats._share import OWN, ZERO, Segments, places
 from swa_jax.errors import NonFiniteError
 
 #: The smallest number that float16 holds with all its digits.
@@ -101,27 +101,27 @@ class Judge:
           which: what to call the batch.
         """
         per_device = [
-            shares.read_momenta(*two, self.start, self.eps, self.at)
-            for two in everywhere.astype(np.float64)
+            shares.read_momenta(zero, far, self.start, self.eps, self.at)
+            for zero, far in everywhere.astype(np.float64)
         ]
         touched = np.array([~momenta.idle for momenta in per_device])
         # Where it cannot be told: None, which becomes NaN.
         share = np.array([self._share_of(m) for m in per_device], float)
         trouble: dict[int, ValueError] = {}
-        for device in np.flatnonzero(there):
+        for device in places(there):
             momenta, row = per_device[device], share[device]
-            for leaf in np.flatnonzero(np.isnan(row) & ~momenta.idle):
-                trouble[leaf] = self._cannot_be_told(leaf, momenta.old[leaf])
-            for leaf in np.flatnonzero(~momenta.constant & ~momenta.idle):
+            for leaf in places(np.isnan(row) & ~momenta.idle):
+                trouble[leaf] = self._cannot_be_told(leaf, float(momenta.old[leaf]))
+            for leaf in places(~momenta.constant & ~momenta.idle):
                 trouble[leaf] = self._no_average(leaf)
         for zero, leaf in itertools.product(everywhere[there, ZERO], self.halves):
             term = np.abs(zero[self.at.slice(leaf)])
             if 0 < term.min(where=term > 0, initial=np.inf) < _LEAST_HALF:
                 trouble.setdefault(leaf, self._cannot_be_told(leaf, None))
-        for device in np.flatnonzero(here):
+        for device in places(here):
             one = out[device]
-            two = one[:2].astype(np.float64)
-            momenta = shares.read_momenta(*two, self.start, self.eps, self.at)
+            zero, far = one[:2].astype(np.float64)
+            momenta = shares.read_momenta(zero, far, self.start, self.eps, self.at)
             if not self._plainly_holds(device, one, momenta.old):
                 one, rows = one.astype(np.float64), self.rows[device]
                 found = shares.check_rows(one, rows, momenta, self.eps, self.at)
@@ -185,11 +185,11 @@ class Judge:
     ) -> dict[int, ValueError]:
         finite_own = self.at.least(np.isfinite(out[OWN]))
         trouble: dict[int, ValueError] = {}
-        for leaf in np.flatnonzero(~found.affine):
+        for leaf in places(~found.affine):
             trouble[leaf] = self._no_average(leaf)
-        for leaf in np.flatnonzero(~found.alone):
+        for leaf in places(~found.alone):
             trouble[leaf] = self._follows(leaf, found.seen[:, leaf])
-        for leaf in np.flatnonzero(~found.finite):
+        for leaf in places(~found.finite):
             # From its own values it is a number: then it is the 0 of another leaf.
             followed = finite_own[leaf]
             trouble[leaf] = (
@@ -208,10 +208,11 @@ class Judge:
 
     def _no_average(self, leaf: int) -> ValueError:
         return ValueError(
-            f"batch_stats_fn: {self.names[leaf].path} is not a running average, new = a "
-            "* old + (1 - a) * batch with one a, 0 <= a < 1; statistics of another form "
-            "cannot be recomputed from the forward pass alone. Leave it as it is with "
-            f"keep={self.names[leaf].short!r}; a counter must have an integer dtype"
+            f"batch_stats_fn: {self.names[leaf].path} is not a running average, new = "
+            "a * old + (1 - a) * batch with one a, 0 <= a < 1; statistics of another "
+            "form cannot be recomputed from the forward pass alone. Leave it as it is "
+            f"with keep={self.names[leaf].short!r}; a counter must have an integer "
+            "dtype"
         )
 
     def _cannot_be_told(self, leaf: int, old: float | None) -> ValueError:
@@ -225,10 +226,10 @@ class Judge:
             )
         return ValueError(
             f"batch_stats_fn: {self.names[leaf].path} is not a running average whose "
-            f"share of the batch can be told: {what}. Hold batch_stats in a wider dtype, "
-            "give the model a momentum of that kind, or, if it averages by a counter, "
-            "start from statistics with that counter at 0; or leave the leaf as it is "
-            f"with keep={self.names[leaf].short!r}"
+            f"share of the batch can be told: {what}. Hold batch_stats in a wider "
+            "dtype, give the model a momentum of that kind, or, if it averages by a "
+            "counter, start from statistics with that counter at 0; or leave the leaf "
+            f"as it is with keep={self.names[leaf].short!r}"
         )
 
     def _follows(self, leaf: int, seen: np.ndarray) -> ValueError:
@@ -250,10 +251,10 @@ class Judge:
         with_what = some(others) if others else "other statistics"
         return ValueError(
             f"batch_stats_fn: {self.names[leaf].path} is not a running average of the "
-            f"batch alone: it also follows {with_what}, as in a layer that normalises by "
-            "running statistics in training, or an average that is derived from another. "
-            "It cannot be recomputed from the forward pass alone. Run the model so that "
-            "it normalises by the batch, or leave the leaf as it is with "
+            f"batch alone: it also follows {with_what}, as in a layer that normalises "
+            "by running statistics in training, or an average that is derived from "
+            "another. It cannot be recomputed from the forward pass alone. Run the "
+            "model so that it normalises by the batch, or leave the leaf as it is with "
             f"keep={self.names[leaf].short!r} (and compute it from what it follows)"
         )
 

@@ -27,7 +27,7 @@ from swa_jax.batch_stats._forward import BatchStatsFn, Layout, Outputs, PyTree
 from swa_jax.batch_stats._judge import Judge, Verdict, flat
 from swa_jax.batch_stats._leaves import Keep, Name, find_partners, kept_leaves, some
 from swa_jax.batch_stats._place import placed_like, to_device, to_host
-from swa_jax.batch_stats._share import Segments
+from swa_jax.batch_stats._share import Segments, places
 from swa_jax.batch_stats._totals import Totals
 
 Mode = Literal["pooled", "sample_weighted", "equal_weighted"]
@@ -105,10 +105,10 @@ def recompute_batch_stats(
       pairs: for ``"pooled"``, own names of variances with those of their means, as in
         ``{"sigma2": "mu"}``, or ``{"1": "0"}`` in a tuple; whole names, as in
         ``{"norm/var_ema/hidden": "norm/mean_ema/hidden"}``, where parents differ.
-        Known are ``var`` and ``mean``, ``running_var`` and ``running_mean``, ``moving_variance`` and
-        ``moving_mean``, ``var_ema`` and ``mean_ema``, under one parent and of one
-        shape. Any other leaf is averaged like a mean; a warning names those that might
-        be variances.
+        Known are ``var`` and ``mean``, ``running_var`` and ``running_mean``,
+        ``moving_variance`` and ``moving_mean``, ``var_ema`` and ``mean_ema``, under one
+        parent and of one shape. Any other leaf is averaged like a mean; a warning names
+        those that might be variances.
       batch_weight: how much a batch counts, a function from the batch to a positive
         number (its valid rows, its tokens); by default the number of its examples. With
         ``axis_name`` also one number a device.
@@ -199,7 +199,8 @@ def _say_what_is_single(totals: Totals, names: list[Name], single: set[int]) -> 
             "recompute_batch_stats: mode='pooled' found no mean that belongs to "
             f"{some(unsure)}; if these are variances, the spread between batches is "
             "missing in them: name their means, by own or whole names, with "
-            "pairs={'variance': 'mean'}. If not, they are right; mode='sample_weighted' says that this is meant",
+            "pairs={'variance': 'mean'}. If not, they are right; "
+            "mode='sample_weighted' says that this is meant",
             stacklevel=3,
         )
 
@@ -229,6 +230,7 @@ class _Pass:
     known: Verdict  # of the last run from all old values
     wider: list[Any]  # for each leaf, the dtype that the model computes it in
     narrow: list[Any]  # for each leaf, the dtype that it is fed in
+    device_sizes: list[jax.Array]  # of the moved leaves, where they are used
     stateful: bool  # whether anything but its old value may move a leaf's share
 
     def __init__(
@@ -300,8 +302,9 @@ class _Pass:
         """The result, in the dtypes and places of what was given."""
         if not self.number:
             raise ValueError(
-                "batches is empty, so there are no statistics to compute; pass at least "
-                "one batch (a generator that was read before is empty: make a new one)"
+                "batches is empty, so there are no statistics to compute; pass at "
+                "least one batch (a generator that was read before is empty: make a "
+                "new one)"
             )
         self._flush()
         if self.sparse and self.last is not None and not self.last.layout.full:
@@ -495,8 +498,8 @@ class _Pass:
                 continue
             idle = {
                 i
-                for i, any_ in zip(moved, verdict.touched.any(0), strict=True)
-                if not any_
+                for i, at_all in zip(moved, verdict.touched.T, strict=True)
+                if not at_all.any()
             }
             if verdict.trouble and idle:
                 # A frozen layer, run from 0, spoils what comes after it.
@@ -534,7 +537,8 @@ class _Pass:
     def _verdict(self, run: _Run) -> Verdict | None:
         """What a run says; ``None`` if that takes a run from all old values."""
         if not run.layout.moved:
-            return Verdict(*np.zeros((3, len(run.weights), 0)), {})
+            nothing = np.zeros((len(run.weights), 0))
+            return Verdict(nothing, nothing, nothing, {})
         fetched = to_host(run.outputs.moved)
         local = flat(fetched if self.devices else [x[None] for x in fetched], 2)
         everywhere = local[:, :2]
@@ -552,14 +556,14 @@ class _Pass:
     def _check_share_held(self, verdict: Verdict, run: _Run) -> None:
         both = verdict.touched & self.known.touched
         off = np.abs(verdict.share - self.known.share) > 1e-9 * verdict.share
-        for place in np.flatnonzero((both & off).any(0)):
+        for place in places(np.any(both & off, axis=0)):
             name = self.names[run.layout.moved[place]]
             raise ValueError(
-                f"batch_stats_fn: {name.path} is not a running average with one share of "
-                f"the batch: it was {self.known.share[:, place].max():.6g} in an earlier "
-                f"batch and is {verdict.share[:, place].max():.6g} in {run.which}, and "
-                "nothing among batch_stats tells why. Leave it as it is with "
-                f"keep={name.short!r}"
+                f"batch_stats_fn: {name.path} is not a running average with one share "
+                f"of the batch: it was {self.known.share[:, place].max():.6g} in an "
+                f"earlier batch and is {verdict.share[:, place].max():.6g} in "
+                f"{run.which}, and nothing among batch_stats tells why. Leave it as it "
+                f"is with keep={name.short!r}"
             )
 
     def _check_training_mode(self, run: _Run) -> None:
@@ -575,9 +579,9 @@ class _Pass:
         new, old = to_host([rest[i] for i in carried]), [run.leaves[i] for i in carried]
         if all(map(np.array_equal, new, to_host(old))):
             raise ValueError(
-                "batch_stats_fn returned batch_stats unchanged: it must run the model in "
-                "training mode (in Flax, train=True or use_running_average=False, with "
-                "mutable=['batch_stats']) and return the updated statistics"
+                "batch_stats_fn returned batch_stats unchanged: it must run the model "
+                "in training mode (in Flax, train=True or use_running_average=False, "
+                "with mutable=['batch_stats']) and return the updated statistics"
             )
 
 

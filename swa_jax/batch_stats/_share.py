@@ -60,6 +60,11 @@ class Segments(NamedTuple):
         return slice(self.starts[leaf], self.starts[leaf] + self.lengths[leaf])
 
 
+def places(mask: np.ndarray) -> list[int]:
+    """Where a vector is true."""
+    return np.flatnonzero(mask).tolist()
+
+
 class Momenta(NamedTuple):
     """What two runs, from 0 and from far above, tell about each leaf."""
 
@@ -85,7 +90,7 @@ def read_momenta(
     constant = high - low <= ROUNDINGS * eps
     old = high.copy()
     # The batch's term rounds away first where it is smallest.
-    for leaf in np.flatnonzero(low != high):
+    for leaf in places(low != high):
         part = at.slice(leaf)
         old[leaf] = slope[part][np.argmin(np.abs(zero[part]))]
     adds = (high >= 1) & (at.largest(np.abs(zero)) > 0)
@@ -100,7 +105,6 @@ class Check(NamedTuple):
     """Whether the formula holds for each leaf, as far as can be seen."""
 
     finite: np.ndarray  # bool, shape (leaves,): the batch's term is a number
-    idle: np.ndarray  # bool: every old value came back as it was
     affine: np.ndarray  # bool: on the line where the leaf itself moves
     alone: np.ndarray  # bool: where it stays at 0, it does not move with others
     seen: np.ndarray  # bool, shape (old values, leaves): where it did move with others
@@ -133,9 +137,8 @@ def check_rows(
     seen = at.largest(bad & ~moved)
     return Check(
         finite=at.least(np.isfinite(zero)),
-        idle=at.least(((out == rows) | (np.isnan(out) & np.isnan(rows))).all(0)),
-        affine=~at.largest((bad & moved).any(0)),
-        alone=~seen.any(0),
+        affine=np.logical_not(at.largest(np.any(bad & moved, axis=0))),
+        alone=np.logical_not(np.any(seen, axis=0)),
         seen=seen,
     )
 

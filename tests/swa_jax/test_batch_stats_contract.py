@@ -9,6 +9,7 @@ is rounded to it once more, and so is the batch's term.
 import functools
 import gc
 import re
+import warnings
 import weakref
 
 import chex
@@ -124,7 +125,7 @@ def test_a_frozen_layer_stays_in_the_forward_pass(wrap):
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_evaluation_mode_is_an_error_however_it_is_wrapped(wrap):
     fn = WRAPS[wrap](lambda params, stats, x: jax.tree.map(lambda s: s, stats))
-    with pytest.raises(ValueError, match="unchanged.*training mode"):
+    with pytest.raises(ValueError, match=r"unchanged.*training mode"):
         recompute(fn, 1.0, {"a": fresh(), "n": jnp.int32(3)}, data())
 
 
@@ -206,16 +207,15 @@ def cumulative(form):
 
 
 @pytest.mark.parametrize("form", ["step", "weights", "sum"])
-@pytest.mark.parametrize("counter", [0, 1, 9, 200, 1000])
+@pytest.mark.parametrize("counter", [0, 9, 1000])
 def test_cumulative_averages(form, counter):
     batches = data((16, 16, 8, 16))
     stats = {"mean": jnp.full(4, 7.0), "var": jnp.full(4, 7.0), "n": jnp.int32(counter)}
-    try:
-        new = recompute(cumulative(form), 1.0, stats, batches)
-    except ValueError as error:
-        assert counter == 1000  # 1 - 1/1004 may be 0.999004 as well
-        assert "counter at 0" in str(error)
+    if counter == 1000:  # 1 - 1/1004 may be 0.999004 as well
+        with pytest.raises(ValueError, match="counter at 0"):
+            recompute(cumulative(form), 1.0, stats, batches)
         return
+    new = recompute(cumulative(form), 1.0, stats, batches)
     assert int(new["n"]) == counter + 4
     assert_close(new, moments(whole(batches)))
 
@@ -257,9 +257,19 @@ def test_a_first_batch_that_replaces(flag):
 # 3. A leaf that follows another.
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
-@pytest.mark.parametrize("counter", [0, 1, 10, 5000])
-@pytest.mark.parametrize("stale", [True, False])
+@pytest.mark.parametrize(
+    ("decay", "counter", "stale"),
+    [
+        (0.9, 0, False),
+        (0.9, 1, True),
+        (0.9, 5000, True),
+        (0.99, 0, True),
+        (0.999, 10, True),
+        (0.9999, 0, False),
+        (0.9999, 1, False),
+        (0.9999, 5000, True),
+    ],
+)
 def test_a_zero_debiased_average_is_refused(decay, counter, stale):
     def fn(params, stats, x):
         n = stats["n"] + 1
@@ -298,7 +308,7 @@ def batch_renorm(x, old, new, r_max=3.0, d_max=5.0):
     return (x - batch["mean"]) / sigma * r + d
 
 
-@pytest.mark.parametrize("start", [0.0, 1.0, 1e3, 1e-6])
+@pytest.mark.parametrize("start", [0.0, 1.0, 1e3])
 @pytest.mark.parametrize(
     "normalise",
     [
@@ -560,72 +570,100 @@ def test_shapes_that_do_not_fit_make_no_pair():
 # 7. Precision.
 
 
-def with_momentum(form, momentum, dtype):
-    """A running mean, its momentum written in several ways."""
-
-    def fn(params, stats, x):
-        old, new = stats["mean"], x.astype(dtype).mean(0)
-        if form == "flax":
-            return {"mean": momentum * old + (1 - momentum) * new}
-        if form == "lerp":
-            return {"mean": old + (1 - momentum) * (new - old)}
-        if form == "haiku":
-            m = jnp.asarray(momentum, dtype)
-            return {"mean": (m * old + (1 - m) * new).astype(dtype)}
-        m, rest = dtype(momentum), dtype(1 - momentum)
-        return {"mean": (m * old + rest * new).astype(dtype)}
-
-    return fn
-
-
 MOMENTA = [0.0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.995, 0.997, 0.999, 0.9997, 0.9999]
 MOMENTA += [0.99999, 0.999999, 1 - 2**-13, 1 - 2**-20, 0.987, 1 - 1 / 1251, 0.7421875]
 
 
-@pytest.mark.parametrize("form", ["flax", "lerp", "haiku", "typed"])
-@pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_momenta_are_told_exactly_or_refused(form, momentum, dtype):
-    batches = [x / 8 for x in data((32, 32, 16))]
-    fn = with_momentum(form, momentum, dtype)
-    stats = {"mean": jnp.ones(4, dtype)}
-    rtol = 1e-5 if dtype == jnp.float32 else 1e-3 + 4 * float(jnp.finfo(dtype).eps)
+def one_mean(form, momentum, dtype, old, new):
+    """A running mean, its momentum written in one of several ways."""
+    if form == "flax":
+        return momentum * old + (1 - momentum) * new
+    if form == "lerp":
+        return old + (1 - momentum) * (new - old)
+    m, rest = dtype(momentum), dtype(1 - momentum)
     if form == "haiku":
-        # The docstring says so: a short decimal is taken to be subtracted first.
-        rounded = 1 - float(jnp.asarray(momentum, dtype))
-        rtol += abs(rounded / (1 - momentum) - 1)
-    try:
-        new = recompute(fn, 1.0, stats, batches)
-    except ValueError as error:
-        # "unchanged": 1 - a has been rounded to 0, and the model does nothing.
-        assert re.search("not a running average|unchanged", str(error))
-        assert dtype != jnp.float32
+        rest = 1 - m
+    return (m * old + rest * new).astype(dtype)
+
+
+def means_of(form, dtype, momenta=MOMENTA):
+    """A model with one running mean for each momentum, and its statistics."""
+
+    def fn(params, stats, x):
+        new = x.astype(dtype).mean(0)
+        return {
+            f"m{i}": one_mean(form, momentum, dtype, stats[f"m{i}"], new)
+            for i, momentum in enumerate(momenta)
+        }
+
+    return fn, {f"m{i}": jnp.ones(4, dtype) for i in range(len(momenta))}
+
+
+def all_that_is_not_refused(fn, stats, batches):
+    """The result, less the leaves that an error or a warning names."""
+    refused = []
+    while True:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                new = recompute(fn, 1.0, stats, batches, mode=WITHIN, keep=refused)
+            except ValueError as error:
+                named = re.findall(r"not a running.*keep='(m\d+)'", str(error))
+                if not named:
+                    raise
+                refused += named
+                continue
+        # Where 1 - a has been rounded to 0 the model does nothing.
+        idle = re.findall(r"'(m\d+)'", " ".join(str(w.message) for w in caught))
+        more = [name for name in idle if name not in refused]
+        if not more:
+            return {name: x for name, x in new.items() if name not in refused}
+        refused += more
+
+
+WITHIN = "sample_weighted"  # nothing here is a variance
+
+
+@pytest.mark.parametrize("form", ["flax", "lerp", "haiku", "typed"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_momenta_are_told_exactly_or_refused(form, dtype):
+    batches = [x / 8 for x in data((32, 32, 16))]
+    fn, stats = means_of(form, dtype)
+    new = all_that_is_not_refused(fn, stats, batches)
+    want = whole(batches).mean(0)
+    for name, got in new.items():
+        momentum = MOMENTA[int(name[1:])]
+        rtol = 1e-5 if dtype == jnp.float32 else 1e-3 + 4 * float(jnp.finfo(dtype).eps)
+        if form == "haiku":
+            # The docstring says so: a short decimal is taken to be subtracted first.
+            rounded = 1 - float(jnp.asarray(momentum, dtype))
+            rtol += abs(rounded / (1 - momentum) - 1)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.float64(got), want, rtol=rtol, err_msg=momentum)
+    refused = {MOMENTA[int(name[1:])] for name in stats.keys() - new.keys()}
+    if dtype == jnp.float32:
+        assert not refused
+    elif form == "flax" and dtype == jnp.bfloat16:
         # Fed in float32, Python's momenta are seen whole; unless they fit in bfloat16.
-        assert form != "flax" or dtype == jnp.float16 or momentum == 0.7421875
+        assert refused == {0.7421875}
     else:
-        assert new["mean"].dtype == dtype
-        want = whole(batches).mean(0)
-        np.testing.assert_allclose(np.float64(new["mean"]), want, rtol=rtol)
+        assert not refused & {0.0, 0.5, 0.9}
 
 
 @pytest.mark.parametrize("form", ["flax", "lerp", "haiku"])
-@pytest.mark.parametrize("momentum", [*MOMENTA, 0.99987654321, 1 - 1 / 3_000_001])
-def test_float64(form, momentum, enable_x64):
+def test_float64(form, enable_x64):
     batches = [np.float64(x) for x in data()]
-    fn = with_momentum(form, momentum, jnp.float64)
-    new = recompute(fn, 1.0, {"mean": jnp.zeros(4, jnp.float64)}, batches)
-    assert new["mean"].dtype == np.float64
-    np.testing.assert_allclose(new["mean"], whole(batches).mean(0), rtol=1e-9)
+    momenta = [*MOMENTA, 0.99987654321, 1 - 1 / 3_000_001]
+    fn, stats = means_of(form, jnp.float64, momenta)
+    new = recompute(fn, 1.0, stats, batches, mode=WITHIN)
+    for got in new.values():
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, whole(batches).mean(0), rtol=1e-9)
 
 
 def test_a_momentum_that_float32_does_not_hold_is_refused():
     with pytest.raises(ValueError, match=r"a = 0.9998765.* in float32.*keep='mean'"):
-        recompute(
-            with_momentum("flax", 0.9998765432, jnp.float32),
-            1.0,
-            {"mean": jnp.zeros(4)},
-            data(),
-        )
+        recompute(lambda p, s, x: ema(s, x, 0.9998765432), 1.0, fresh(), data())
 
 
 # 8. What is not finite, complex, empty, or no data.
