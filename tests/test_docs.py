@@ -7,10 +7,11 @@ import statistics
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import swa_jax
-from experiments import results
+from experiments import precision, results
 from experiments.configs import EXPERIMENTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,6 +60,19 @@ def test_both_forms_of_the_published_method_agree(capsys):
     assert namespace["largest_difference"] < 1e-5
     assert [line["swa/num_averaged"] for line in namespace["log"]] == [1, 2, 3, 4]
     assert "test accuracy" in capsys.readouterr().out
+
+
+# benchmark.md
+
+
+@pytest.mark.parametrize("number", [100, 1_000, 10_000])
+def test_errors_of_means_are_those_of_the_command(number):
+    shown = re.findall(
+        rf"^\| {number:,} \| (\S+) \| (\S+) \|$", PAGES["benchmark.md"], re.M
+    )
+    [figures] = [[float(x) for x in row] for row in shown]
+    # Where a compiler contracts a product and a sum, roundings fall otherwise.
+    np.testing.assert_allclose(precision.errors(number), figures, rtol=0.3)
 
 
 # how-to-choose.md

@@ -621,6 +621,7 @@ def all_that_is_not_refused(fn, stats, batches):
         refused += more
 
 
+NARROW = ("haiku", "typed")  # what rounds the momentum to the statistics' dtype
 WITHIN = "sample_weighted"  # nothing here is a variance
 
 
@@ -628,11 +629,14 @@ WITHIN = "sample_weighted"  # nothing here is a variance
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_momenta_are_told_exactly_or_refused(form, dtype):
     batches = [x / 8 for x in data((32, 32, 16))]
-    fn, stats = means_of(form, dtype)
+    # Each refusal compiles anew: fewer where many are refused.
+    seen = [0.0, 0.5, 0.9, 0.99, 0.997, 0.7421875] if form in NARROW else MOMENTA
+    momenta = MOMENTA if dtype == jnp.float32 else seen
+    fn, stats = means_of(form, dtype, momenta)
     new = all_that_is_not_refused(fn, stats, batches)
     want = whole(batches).mean(0)
     for name, got in new.items():
-        momentum = MOMENTA[int(name[1:])]
+        momentum = momenta[int(name[1:])]
         rtol = 1e-5 if dtype == jnp.float32 else 1e-3 + 4 * float(jnp.finfo(dtype).eps)
         if form == "haiku":
             # The docstring says so: a short decimal is taken to be subtracted first.
@@ -640,7 +644,7 @@ def test_momenta_are_told_exactly_or_refused(form, dtype):
             rtol += abs(rounded / (1 - momentum) - 1)
         assert got.dtype == dtype
         np.testing.assert_allclose(np.float64(got), want, rtol=rtol, err_msg=momentum)
-    refused = {MOMENTA[int(name[1:])] for name in stats.keys() - new.keys()}
+    refused = {momenta[int(name[1:])] for name in stats.keys() - new.keys()}
     if dtype == jnp.float32:
         assert not refused
     elif form == "flax" and dtype == jnp.bfloat16:
