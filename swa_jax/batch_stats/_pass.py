@@ -188,9 +188,12 @@ def recompute_batch_stats(
 
 def _say_what_is_single(totals: Totals, names: list[Name], single: set[int]) -> None:
     """Warns of leaves that might be variances and were averaged like means."""
+    pairs = totals.mean_of.items()
+    # The mean of a variance may have been frozen, or have missed some batches.
+    apart = {v for v, mean in pairs if totals.batches[v] != totals.batches[mean]}
     unsure = [
         names[i]
-        for i in sorted(single)
+        for i in sorted(single | apart)
         # One batch has no spread between batches, and no variance is negative.
         if totals.batches[i] > 1 and totals.least[i] >= 0
     ]
@@ -229,7 +232,7 @@ class _Pass:
     judge: Judge
     known: Verdict  # of the last run from all old values
     wider: list[Any]  # for each leaf, the dtype that the model computes it in
-    narrow: list[Any]  # for each leaf, the dtype that it is fed in
+    fed: list[Any]  # for each leaf, the dtype that it is fed in
     device_sizes: list[jax.Array]  # of the moved leaves, where they are used
     stateful: bool  # whether anything but its old value may move a leaf's share
 
@@ -467,7 +470,8 @@ class _Pass:
         if not run.number:
             self._check_training_mode(run)
             self.sparse = not run.layout.merged and not self.stateful
-        self.last = run
+        # Kept: one batch less in memory where it is not run again.
+        self.last = run if self.sparse else run._replace(batch=None, leaves=[])
 
     def _weights(self, run: _Run) -> np.ndarray:
         """The weights of a batch on all devices of the axis."""

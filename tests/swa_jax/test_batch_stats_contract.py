@@ -567,6 +567,22 @@ def test_shapes_that_do_not_fit_make_no_pair():
     np.testing.assert_allclose(new["a"]["var"], variance, rtol=1e-5)
 
 
+def test_a_variance_whose_mean_is_frozen_says_so():
+    def fn(params, stats, x):
+        return {"mean": stats["mean"], "var": ema(stats, x)["var"]}
+
+    with (
+        pytest.warns(UserWarning, match="no batch passed through 'mean'"),
+        pytest.warns(UserWarning, match="'pooled' found no mean that belongs to 'var'"),
+    ):
+        recompute(fn, 1.0, fresh(), data())
+
+
+def test_counters_alone_are_carried():
+    new = recompute(lambda p, s, x: {"n": s["n"] + 1}, 1.0, {"n": jnp.int32(2)}, data())
+    assert int(new["n"]) == 5
+
+
 # 7. Precision.
 
 
