@@ -21,12 +21,14 @@ class Verdict(NamedTuple):
 
     Attributes:
       values: its own statistics, shape (devices, elements).
+      terms: ``share * values``, what the model added.
       touched: bool, shape (devices, leaves): whether it passed through the layer.
       share: float, the same shape: ``1 - a``.
       trouble: for each leaf that cannot be believed, the exception to raise.
     """
 
     values: np.ndarray
+    terms: np.ndarray
     touched: np.ndarray
     share: np.ndarray
     trouble: dict[int, ValueError]
@@ -127,8 +129,9 @@ class Judge:
                 found = shares.check_rows(one, rows, momenta, self.eps, self.at)
                 trouble.update(self._troubles(found, one, which))
         divisors = np.array([self.at.spread(s) for s in share])
-        values = everywhere[:, ZERO] / divisors
-        return Verdict(values, touched, np.where(touched, share, 0), trouble)
+        terms = everywhere[:, ZERO]
+        share = np.where(touched, share, 0)
+        return Verdict(terms / divisors, terms, touched, share, trouble)
 
     def _plainly_holds(self, device: int, out: np.ndarray, old: np.ndarray) -> bool:
         """Whether one look shows that there is nothing to find, as there mostly is.
@@ -169,7 +172,7 @@ class Judge:
         if ((some_value > 0) != known.touched).any():
             return None
         share = np.array([self.at.spread(s) for s in known.share])
-        return known._replace(values=zero / share)
+        return known._replace(values=zero / share, terms=zero)
 
     def _share_of(self, momenta: shares.Momenta) -> list[float | None]:
         found = []

@@ -273,6 +273,7 @@ class _Pass:
         #: Positive values of the leaves' own size: at first, as far as they tell.
         self.sizes = {i: _sizes(x) for i, x in vectors.items()}
         self.measured: set[int] = set()  # whose sizes are those of a batch
+        self.huge: set[int] = set()  # of statistics next to which little is far above
         self.sparse = False  # whether most batches are run from 0 alone
         self.number = 0
         self.pending: _Run | None = None
@@ -381,7 +382,7 @@ class _Pass:
     def _move(self, moved: set[int], batch: PyTree) -> None:
         """Sets which leaves are run from several old values."""
         order = tuple(sorted(moved))
-        far = tuple(_far(self.fed[i], self.wider[i]) for i in order)
+        far = tuple(_far(i in self.huge, self.fed[i], self.wider[i]) for i in order)
         fed = tuple(self.fed[i] for i in order)
         layout = Layout(self.treedef, order, fed, far)
         if not order:
@@ -505,6 +506,12 @@ class _Pass:
                 for i, at_all in zip(moved, verdict.touched.T, strict=True)
                 if not at_all.any()
             }
+            huge = self._huge(verdict, run.layout) if verdict.trouble else set()
+            if huge - self.huge:
+                self.huge |= huge
+                self._move({*moved}, run.batch)
+                run = self._again(run, full=True)
+                continue
             if verdict.trouble and idle:
                 # A frozen layer, run from 0, spoils what comes after it.
                 removed |= idle
@@ -528,6 +535,15 @@ class _Pass:
             "leaves that are to stay as they are in keep="
         )
 
+    def _huge(self, verdict: Verdict, layout: Layout) -> set[int]:
+        """Leaves whose statistics the old value far above is not far above."""
+        largest = [np.max(np.abs(verdict.terms[:, part])) for part in self._parts()]
+        far = zip(layout.moved, layout.far, largest, strict=True)
+        return {i for i, start, term in far if start / 2**30 < term < np.inf}
+
+    def _parts(self) -> list[slice]:
+        return [self.judge.at.slice(place) for place in range(len(self.judge.names))]
+
     def _changed(self, run: _Run) -> set[int]:
         """Leaves that were not moved and yet came back with another value."""
         rest = {i: x for i, x in self._rest(run).items() if i in self.own}
@@ -542,7 +558,7 @@ class _Pass:
         """What a run says; ``None`` if that takes a run from all old values."""
         if not run.layout.moved:
             nothing = np.zeros((len(run.weights), 0))
-            return Verdict(nothing, nothing, nothing, {})
+            return Verdict(nothing, nothing, nothing, nothing, {})
         fetched = to_host(run.outputs.moved)
         local = flat(fetched if self.devices else [x[None] for x in fetched], 2)
         everywhere = local[:, :2]
@@ -597,10 +613,13 @@ def _sizes(values: np.ndarray) -> np.ndarray:
     return np.clip(np.where(np.isfinite(size), size, largest), largest / 16, None)
 
 
-def _far(*dtypes: Any) -> float:
-    """A power of two far above statistics, which all of the dtypes can hold."""
+def _far(huge: bool, *dtypes: Any) -> float:
+    """A power of two far above statistics, which all of the dtypes can hold.
+
+    With room above it for sums of many, but not above huge statistics.
+    """
     exponent = min(int(jnp.finfo(dtype).maxexp) for dtype in dtypes)
-    return 2.0 ** (exponent - 2 if exponent < 100 else exponent * 5 // 8)
+    return 2.0 ** (exponent - 2 if huge or exponent < 100 else exponent * 5 // 8)
 
 
 def _first_shard(x: jax.Array) -> np.ndarray:

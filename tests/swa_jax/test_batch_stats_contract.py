@@ -699,6 +699,18 @@ def test_what_is_not_finite_is_named_with_its_batch(bad, where):
         recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), batches)
 
 
+@pytest.mark.parametrize("factor", [1e10, 1e17, 1e30, 1e38])
+def test_statistics_near_overflow_are_right_or_not_finite(factor):
+    batches = data((8, 8))
+    fed = [np.float32(factor) * x for x in batches]
+    if factor > 1e18:  # the square is beyond float32
+        with pytest.raises(swa_jax.NonFiniteError, match="is not finite"):
+            recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), fed)
+        return
+    new = recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), fed)
+    assert_close(new, moments(whole(fed)))
+
+
 def test_complex_means():
     rng = np.random.default_rng(0)
     batches = [
