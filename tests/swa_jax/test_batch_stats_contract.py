@@ -699,7 +699,7 @@ def test_what_is_not_finite_is_named_with_its_batch(bad, where):
         recompute(lambda p, s, x: ema(s, x), 1.0, fresh(), batches)
 
 
-@pytest.mark.parametrize("factor", [1e10, 1e17, 1e30, 1e38])
+@pytest.mark.parametrize("factor", [1e10, 1e17, 1e30, 1e37])
 def test_statistics_near_overflow_are_right_or_not_finite(factor):
     batches = data((8, 8))
     fed = [np.float32(factor) * x for x in batches]
