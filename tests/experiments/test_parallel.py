@@ -51,7 +51,9 @@ class Recorder(Hooks):
         self.losses.append(loss)
 
     def on_epoch_end(self, epoch, state):
-        self.averages.append(swa_jax.swa_params(state.opt_state, state.params))
+        self.averages.append(
+            swa_jax.swa_params(state.opt_state, state.params, allow_empty=True)
+        )
         assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {
             jax.sharding.SingleDeviceSharding(jax.devices()[0])
         }
