@@ -405,7 +405,8 @@ def narrow_dtypes() -> list[np.dtype]:
     """Floating dtypes of a byte or less that arrays can have here."""
     found = []
     for name in dir(ml_dtypes):
-        if not name.startswith(("float8", "float6", "float4")):
+        # Of six bits jax 0.12 has dtypes that XLA's CPU compiler cannot even cast.
+        if not name.startswith(("float8", "float4")):
             continue
         try:
             jnp.ones(1, getattr(ml_dtypes, name))
