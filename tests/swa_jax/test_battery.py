@@ -425,16 +425,11 @@ REWRITING = {
 @pytest.mark.parametrize("wrapper", REWRITING)
 def test_inside_a_wrapper_that_rewrites_the_updates(case, wrapper):
     tx = REWRITING[wrapper](optax.chain(optax.sgd(0.5), case.make()))
-    if wrapper == "lookahead":
-        params, opt_state, history = run_lookahead(tx)
-        params, history = params.fast, [stored.fast for stored in history]
-    else:
-        params, opt_state, history = train(tx, model())
-    try:
-        average = case.read(opt_state, params)
-    except ValueError:
-        return  # refused is as good as right
-    case.assert_average(average, history)
+    run = run_lookahead if wrapper == "lookahead" else lambda tx: train(tx, model())
+    params, opt_state, _ = run(tx)
+    params = params.fast if wrapper == "lookahead" else params
+    with pytest.raises(ValueError, match=r"put swa\(\) behind the wrapper"):
+        case.read(opt_state, params)
 
 
 # Hyperparameters as arrays.
