@@ -1,13 +1,14 @@
 """Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
 
 from swa_jax._finding import swa_state as swa_state
+from swa_jax._loop import averaged_with as averaged_with
+from swa_jax._loop import init_average as init_average
+from swa_jax._loop import update_average as update_average
 from swa_jax._reading import swa_params as swa_params
 from swa_jax._reading import with_num_updates as with_num_updates
-from swa_jax.averaging import CompensatedSWAState as CompensatedSWAState
-from swa_jax.averaging import SWAState as SWAState
-from swa_jax.averaging import averaged_with as averaged_with
-from swa_jax.averaging import init_average as init_average
-from swa_jax.averaging import update_average as update_average
+from swa_jax.averages.swa import CompensatedSWAState as CompensatedSWAState
+from swa_jax.averages.swa import SWAState as SWAState
+from swa_jax.averages.swa import swa as swa
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
 from swa_jax.errors import NonFiniteError as NonFiniteError
 from swa_jax.recipe import SWA as SWA
@@ -17,7 +18,6 @@ from swa_jax.schedules import cosine_to_constant_schedule as cosine_to_constant_
 from swa_jax.schedules import cyclic_schedule as cyclic_schedule
 from swa_jax.schedules import linear_to_constant_schedule as linear_to_constant_schedule
 from swa_jax.schedules import swa_schedule as swa_schedule
-from swa_jax.transform import swa as swa
 
 __version__ = "0.1.0"
 

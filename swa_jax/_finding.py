@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from swa_jax.averaging import CompensatedSWAState, SWAState
-from swa_jax.placement import PyTree
+from swa_jax.averages.swa import CompensatedSWAState, SWAState
+from swa_jax.typing import PyTree
 
 #: States of optax.chain and named_chain: one a link, in order.
 _CHAINS = (tuple, collections.OrderedDict)

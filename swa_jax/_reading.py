@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from swa_jax._finding import holds_average, is_swa_state, swa_state
-from swa_jax.averaging import SWAState
-from swa_jax.placement import PyTree, beside, is_traced
+from swa_jax._placement import beside, is_traced
+from swa_jax.averages.swa import SWAState
+from swa_jax.typing import PyTree
 
 _MAX_STEP = np.iinfo(np.int32).max
 

@@ -8,18 +8,24 @@ at their boundaries: where a schedule promises ``swa_lr``, it returns that very 
 
 import contextlib
 import functools
-import operator
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax.scalars import MAX_COUNT, check_rate, known, shown
+from swa_jax._validate import check_count, check_rate, shown
+from swa_jax.typing import Strategy
 
-Strategy = Literal["cos", "linear"]
+_check_steps = functools.partial(
+    check_count,
+    at_least=0,
+    boolean=True,
+    hint="it is a number of optimizer updates; multiply epochs by the steps in an "
+    "epoch, and round",
+)
 
 
 def cosine_to_constant_schedule(
@@ -64,8 +70,8 @@ def cosine_to_constant_schedule(
     """
     check_rate("init_value", init_value)
     check_rate("swa_lr", swa_lr)
-    decay_steps = _check_length("decay_steps", decay_steps)
-    warmup_steps = _check_length("warmup_steps", warmup_steps)
+    decay_steps = _check_steps("decay_steps", decay_steps)
+    warmup_steps = _check_steps("warmup_steps", warmup_steps)
     if warmup_steps > decay_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} is more than decay_steps={decay_steps}; "
@@ -138,9 +144,9 @@ def swa_schedule(
     """
     if swa_lr is not None:
         check_rate("swa_lr", swa_lr, " or None to hold the rate")
-    start_step = _check_length("start_step", start_step)
-    anneal_steps = _check_length("anneal_steps", anneal_steps)
-    update_every = _check_length("update_every", update_every, at_least=1)
+    start_step = _check_steps("start_step", start_step)
+    anneal_steps = _check_steps("anneal_steps", anneal_steps)
+    update_every = _check_steps("update_every", update_every, at_least=1)
     check_strategy("strategy", strategy)
     base = as_schedule(base)
 
@@ -192,7 +198,7 @@ def linear_to_constant_schedule(
     """
     check_rate("init_value", init_value)
     check_rate("swa_lr", swa_lr)
-    start_step = _check_length("start_step", start_step)
+    start_step = _check_steps("start_step", start_step)
 
     @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
@@ -238,7 +244,7 @@ def cyclic_schedule(
     """
     check_rate("max_value", max_value)
     check_rate("min_value", min_value)
-    cycle_steps = _check_length("cycle_steps", cycle_steps, at_least=1)
+    cycle_steps = _check_steps("cycle_steps", cycle_steps, at_least=1)
 
     @scalar_arithmetic()
     def schedule(step: Any) -> jax.Array:
@@ -338,24 +344,6 @@ def check_strategy(name: str, strategy: Any) -> None:
             f"{name} must be one of {', '.join(map(repr, get_args(Strategy)))}, got "
             f"{shown(strategy)}"
         )
-
-
-def _check_length(name: str, value: Any, *, at_least: int = 0) -> int:
-    try:
-        length = operator.index(known(value))
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer number of steps, got {shown(value)} of type "
-            f"{type(value).__name__}; multiply epochs by the steps in an epoch, and "
-            "round"
-        ) from None
-    if not at_least <= length <= MAX_COUNT:
-        bound = f"least {at_least}" if length < at_least else f"most {MAX_COUNT}"
-        raise ValueError(
-            f"{name} must be at {bound} (steps), got {length}; count optimizer "
-            "updates from 0, in int32"
-        )
-    return length
 
 
 def as_schedule(base: Any) -> Callable[[Any], Any]:

@@ -7,6 +7,4 @@ chosen old values, ``_share`` reads from its outputs what each batch contributed
 ``_pass`` puts the batches together.
 """
 
-from swa_jax.batch_stats._forward import BatchStatsFn as BatchStatsFn
-from swa_jax.batch_stats._forward import PyTree as PyTree
 from swa_jax.batch_stats._pass import recompute_batch_stats as recompute_batch_stats

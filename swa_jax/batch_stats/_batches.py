@@ -1,16 +1,13 @@
 """The data of a pass: what may be a batch, and how much each batch weighs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swa_jax.batch_stats._forward import PyTree
-
-#: A batch's weight, or one for each device of a mapped axis.
-BatchWeight = Callable[[PyTree], Any]
+from swa_jax.typing import BatchWeight, PyTree
 
 
 def check_batches(batches: Any) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swa_jax.batch_stats._forward import PyTree
+from swa_jax.typing import PyTree
 
 
 def check_concrete(*trees: PyTree) -> None:

@@ -10,16 +10,14 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from swa_jax.batch_stats._share import OWN
-
-PyTree: TypeAlias = Any
-BatchStatsFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+from swa_jax.typing import BatchStatsFn, PyTree
 
 #: Elementwise operations on each statistic and old value that count as nothing.
 _FREE_OPERATIONS = 50

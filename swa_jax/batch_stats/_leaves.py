@@ -1,13 +1,12 @@
 """What the leaves of ``batch_stats`` are called, and what that says about them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath
 
-#: Leaves that stay as they are: one name, several, or a predicate on names.
-Keep: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+from swa_jax.typing import Keep
 
 #: The mean that belongs to a variance, by their own names.
 PAIRS = {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from swa_jax.batch_stats import _forward as forward
-from swa_jax.batch_stats._batches import BatchWeight, check_batches, weights_of
+from swa_jax.batch_stats._batches import check_batches, weights_of
 from swa_jax.batch_stats._checks import (
     check_arrays,
     check_concrete,
@@ -23,12 +23,13 @@ from swa_jax.batch_stats._checks import (
     mapped_devices,
     without_device_axis,
 )
-from swa_jax.batch_stats._forward import BatchStatsFn, Layout, Outputs, PyTree
+from swa_jax.batch_stats._forward import Layout, Outputs
 from swa_jax.batch_stats._judge import Judge, Verdict, flat
-from swa_jax.batch_stats._leaves import Keep, Name, find_partners, kept_leaves, some
+from swa_jax.batch_stats._leaves import Name, find_partners, kept_leaves, some
 from swa_jax.batch_stats._place import placed_like, to_device, to_host
 from swa_jax.batch_stats._share import Segments, places
 from swa_jax.batch_stats._totals import Totals
+from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
 
 Mode = Literal["pooled", "sample_weighted", "equal_weighted"]
 #: Runs of one batch until it is known which leaves it moves, and how large they are.

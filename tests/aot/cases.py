@@ -4,6 +4,7 @@ A name reads step/layout/axes, as in "swa/fsdp/explicit". Nothing here holds an 
 shapes with shardings are all that a compiler needs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import swa_jax
-from swa_jax import accumulation, averaging
+from swa_jax import _engine, _loop
 
 from ..compiled import Report
 from . import defects
@@ -185,15 +186,16 @@ def compile_update(
         state = state._replace(avg_params=mean)
         targets = tuple(x.sharding for x in jax.tree.leaves(mean))
     # Not through the public name: jitted around it, it would be our donation, not its.
-    compiled = averaging._update_in_place.lower(
-        state, params, targets, None, False
+    plan = _loop._equal_mean(compensated).plan
+    compiled = _loop._update_in_place.lower(
+        state, params, targets, None, dataclasses.replace(plan, sharding=None)
     ).compile()
     return Report.of(compiled, average=state.avg_params, donated=state, outputs=state)
 
 
 def compile_rush(devices: Devices) -> Report:
     """``update_average`` in host memory, whose leaves do not wait for each other."""
-    with mock.patch.object(accumulation, "_IN_FLIGHT", len(TAIL)):
+    with mock.patch.object(_engine, "_IN_FLIGHT", len(TAIL)):
         return compile_update(
             devices, "replicated", memory_kind="pinned_host", shapes=TAIL
         )

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 import swa_jax
-from swa_jax.averaging import accumulate
 
 from ..compiled import assert_in_place, bytes_per_device, memory
-from .transformations import every_case, every_method, make_step
+from .transformations import accumulate, every_case, every_method, make_step
 
 
 def large() -> dict[str, jax.Array]:

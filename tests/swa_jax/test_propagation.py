@@ -17,8 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import swa_jax
-from swa_jax import placement
-from swa_jax.propagation import stop_propagation
+from swa_jax._placement import _moves, stop_propagation
 
 from ..compiled import collectives
 
@@ -143,7 +142,7 @@ def test_spread_average_leaves_the_step_as_it_is(layout, pinned):
 @pytest.fixture
 def no_barrier(monkeypatch):
     """The defect that the barrier is there for."""
-    monkeypatch.setattr(placement, "stop_propagation", lambda x: x)
+    monkeypatch.setattr(_moves, "stop_propagation", lambda x: x)
 
 
 # What the tests above would say without the barrier.

@@ -20,6 +20,11 @@ import swa_jax
 U = 2.0**-24  # float32's half ulp
 
 
+def accumulate(state, params, sample=None):
+    """``averaged_with`` with its condition in third place."""
+    return swa_jax.averaged_with(state, params, sample=sample)
+
+
 def half_ulp(dtype) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 

@@ -2,55 +2,23 @@
 
 The same method in two forms. Inside optax, ``transform`` and ``schedule`` go into the
 optimizer. In a training loop of events, ``match`` says whether the method acts on an
-event and ``apply`` does it, as a pure function of a ``TrainingState``. Both average the
-same models and give the same learning rates, because both ask one ``Window`` when to
-sample and one anneal for the rate.
+event and ``apply`` does it, as a pure function of a ``TrainingState``.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from swa_jax.averaging import averaged_with, init_average
-from swa_jax.batch_stats import BatchStatsFn
-from swa_jax.placement import PyTree, is_traced
-from swa_jax.recipe.ends import finish, install
-from swa_jax.recipe.metrics import metrics
-from swa_jax.recipe.state import (
-    Event,
-    RecipeState,
-    TrainingState,
-    check_arguments,
-    check_carried,
-    check_functions,
-    check_new,
-    check_window,
-    current_tick,
-    first_or,
-    tick_event,
-)
-from swa_jax.scalars import check_count, check_rate, known, shown
-from swa_jax.schedules import (
-    Strategy,
-    anneal,
-    as_schedule,
-    as_step,
-    check_strategy,
-    scalar_arithmetic,
-)
-from swa_jax.timing import Length, Window, parse_time, window
-from swa_jax.transform import swa
-
-Logger = Callable[[dict[str, float]], object]
+from swa_jax.recipe import _loop_form, _optax_form
+from swa_jax.recipe._settings import Settings
+from swa_jax.recipe._state import Event, TrainingState
+from swa_jax.typing import BatchStatsFn, Logger, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class SWA:
+class SWA(Settings):
     """Stochastic Weight Averaging by its published hyperparameters.
 
     Train for N epochs, counted from 0, and let ``s = int(swa_start * N)``. The weights
@@ -118,35 +86,6 @@ class SWA:
       ``swa_end`` and ``update_interval``: Composer's later releases.
     """
 
-    swa_start: float | str = 0.8
-    anneal_epochs: int = 10
-    swa_lr: float | None = None
-    _: dataclasses.KW_ONLY
-    anneal_strategy: Strategy = "cos"
-    swa_end: str | None = None
-    update_interval: str = "1ep"
-    skip_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        _check_start(self.swa_start)
-        check_count("anneal_epochs", self.anneal_epochs)
-        if self.swa_lr is not None:
-            check_rate("swa_lr", self.swa_lr, " or None to hold the rate")
-        check_strategy("anneal_strategy", self.anneal_strategy)
-        if self.swa_end is not None:
-            parse_time("swa_end", self.swa_end)
-        interval = parse_time("update_interval", self.update_interval)
-        if interval.unit == "dur" or not interval.value:
-            raise ValueError(
-                "update_interval must be at least one epoch or batch, such as "
-                f'"1ep" or "100ba", got {self.update_interval!r}'
-            )
-        if not isinstance(self.skip_nonfinite, bool | np.bool_):
-            raise TypeError(
-                "skip_nonfinite must be True or False, got "
-                f"{shown(self.skip_nonfinite)}"
-            )
-
     # Inside optax.
 
     @property
@@ -176,19 +115,7 @@ class SWA:
           TypeError: a number that is no integer, or a ``base`` that is neither a rate
             nor a schedule.
         """
-        length = _known_length(num_epochs, steps_per_epoch)
-        when, size = self._window(length), self._tick_size(length)
-        base = as_schedule(base)
-
-        @scalar_arithmetic()
-        def schedule(step: Any) -> jax.Array:
-            step = as_step(step)
-            number = when.number(jnp.minimum(step // size, when.last))
-            lr0 = base(jnp.asarray(when.first * size - 1, step.dtype))
-            annealed = self._annealed(lr0, number, length)
-            return jnp.where(number > 0, annealed, base(step))
-
-        return schedule
+        return _optax_form.schedule(self, base, num_epochs, steps_per_epoch)
 
     def transform(
         self, num_epochs: int, steps_per_epoch: int
@@ -208,14 +135,7 @@ class SWA:
             int32 counts.
           TypeError: a number that is no integer.
         """
-        length = _known_length(num_epochs, steps_per_epoch)
-        when, size = self._window(length), self._tick_size(length)
-        return swa(
-            when.first * size,
-            when.period * size,
-            stop_step=when.last * size,
-            skip_nonfinite=bool(self.skip_nonfinite),
-        )
+        return _optax_form.transform(self, num_epochs, steps_per_epoch)
 
     # In a loop.
 
@@ -237,16 +157,7 @@ class SWA:
           TypeError: arguments in another order, a ``state`` that is no
             ``TrainingState``, or a number in it that is no integer.
         """
-        event = check_arguments(event, state)
-        when = self._window(Length.of(state.num_epochs, state.steps_per_epoch))
-        if event in (Event.TRAINING_START, Event.TRAINING_END):
-            return True
-        if when.unit == "ep":
-            current_tick(when, state)  # a wrong epoch is found as early as may be
-        if event is not tick_event(when):
-            return False
-        tick = current_tick(when, state)
-        return when.samples(tick) or when.ends_early(tick)
+        return _loop_form.match(self, event, state)
 
     def apply(
         self,
@@ -294,116 +205,9 @@ class SWA:
           TypeError: ``state.swa`` is not what ``apply`` returned, the learning rate is
             no number, or what should be a function is none; see also ``match``.
         """
-        event = check_arguments(event, state)
-        check_functions(
-            logger=logger, batch_stats_fn=batch_stats_fn, train_batches=train_batches
+        return _loop_form.apply(
+            self, event, state, logger, batch_stats_fn, train_batches
         )
-        if callable(state.learning_rate):  # else it is looked at when it is needed
-            check_rate("state.learning_rate", state.learning_rate)
-        if not self.match(event, state):
-            return state
-        check_carried(state.swa)
-        length = Length.of(state.num_epochs, state.steps_per_epoch)
-        if event is Event.TRAINING_START:
-            return self._start(state, length)
-        if state.swa is None:
-            raise ValueError(
-                f"apply: state.swa is None at {event.name}: the average is created at "
-                "Event.TRAINING_START; apply that first, and keep the state it returns"
-            )
-        if event is Event.TRAINING_END:
-            return finish(state, batch_stats_fn, train_batches)
-        when = self._window(length)
-        tick = current_tick(when, state)
-        check_new(when, tick, state.swa)
-        if when.samples(tick):
-            state = self._average(state, length, tick)
-            if logger is not None:
-                logger(metrics(state))
-        return install(state, tick) if when.ends_early(tick) else state
-
-    @scalar_arithmetic()
-    def _start(self, state: TrainingState, length: Length) -> TrainingState:
-        """Creates the average, or takes up the one that a checkpoint brought back."""
-        when = self._window(length)
-        if state.swa is None:
-            new = RecipeState(
-                average=init_average(state.params),
-                initial_lr=jnp.zeros([], jnp.result_type(float)),
-                first_tick=jnp.zeros([], jnp.int32),
-                last_tick=jnp.zeros([], jnp.int32),
-                installed=jnp.zeros([], bool),
-            )
-            return state._replace(swa=new)
-        check_window(when, state.swa)
-        if not int(known(state.swa.first_tick)):
-            return state
-        # The rate is the method's by now, and may not have been saved with it.
-        number = when.number(int(known(state.swa.last_tick)))
-        rate = self._annealed(state.swa.initial_lr, number, length)
-        return state._replace(learning_rate=rate)
-
-    @scalar_arithmetic()
-    def _average(
-        self, state: TrainingState, length: Length, tick: int
-    ) -> TrainingState:
-        """Averages the weights, then moves the learning rate."""
-        before: RecipeState = state.swa  # type: ignore[assignment]
-        rate = state.learning_rate
-        check_rate("state.learning_rate", rate)
-        if not is_traced(rate):
-            rate = np.asarray(known(rate))  # it may meet the average of any device
-        lr0 = before.initial_lr
-        lr0 = jnp.where(before.first_tick == 0, jnp.asarray(rate, lr0.dtype), lr0)
-        after = RecipeState(
-            average=averaged_with(
-                before.average, state.params, skip_nonfinite=bool(self.skip_nonfinite)
-            ),
-            initial_lr=lr0,
-            first_tick=first_or(before.first_tick, tick),
-            last_tick=jnp.int32(tick),
-            installed=before.installed,
-        )
-        number = self._window(length).number(tick)
-        return state._replace(
-            learning_rate=self._annealed(lr0, number, length), swa=after
-        )
-
-    # Both.
-
-    def _window(self, length: Length) -> Window:
-        return window(self.swa_start, self.swa_end, self.update_interval, length)
-
-    def _annealed(self, lr0: Any, number: Any, length: Length) -> jax.Array:
-        """The rate once so many models have had their turn in the average."""
-        interval = parse_time("update_interval", self.update_interval)
-        epoch = 1 if interval.unit == "ep" else length.steps("update_interval")
-        intervals = self.anneal_epochs * epoch / interval.value
-        return anneal(lr0, self.swa_lr, number, float(intervals), self.anneal_strategy)
-
-    def _tick_size(self, length: Length) -> int:
-        """Optimizer updates from one tick to the next."""
-        by_epoch = parse_time("update_interval", self.update_interval).unit == "ep"
-        return length.steps("optimizer updates") if by_epoch else 1
-
-
-def _check_start(start: Any) -> None:
-    if isinstance(start, str):
-        if not parse_time("swa_start", start).value:
-            raise ValueError(
-                f"swa_start must be later than the start of training, got {start!r}: "
-                'initial weights are never averaged; "1ep" averages the first epoch on'
-            )
-        return
-    fix = 'give a time string, as in "8ep", to start after 8 epochs'
-    number = np.ndim(start) == 0 and hasattr(start, "__float__")
-    if isinstance(start, bool) or not number:
-        raise TypeError(
-            "swa_start must be a fraction of training or a time string, got "
-            f"{shown(start)}"
-        )
-    if not 0 < float(start) < 1:
-        raise ValueError(f"swa_start must be in (0, 1), got {shown(start)}; {fix}")
 
 
 class _NotATransformationError(TypeError, AttributeError):
@@ -414,10 +218,3 @@ _NO_TRANSFORMATION = (
     "SWA(...) is a recipe, not yet an optax transformation; use "
     "SWA(...).transform(num_epochs, steps_per_epoch)"
 )
-
-
-def _known_length(num_epochs: Any, steps_per_epoch: Any) -> Length:
-    check_count("steps_per_epoch", steps_per_epoch)  # None is not enough here
-    length = Length.of(num_epochs, steps_per_epoch)
-    length.updates()
-    return length

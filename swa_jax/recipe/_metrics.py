@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swa_jax.averaging import SWAState
-from swa_jax.placement import PyTree, beside
-from swa_jax.recipe.state import TrainingState
-from swa_jax.scalars import known
+from swa_jax._placement import beside
+from swa_jax._validate import known
+from swa_jax.averages.swa import SWAState
+from swa_jax.recipe._state import TrainingState
 from swa_jax.schedules import scalar_arithmetic
+from swa_jax.typing import PyTree
 
 
 @scalar_arithmetic()

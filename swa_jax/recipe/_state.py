@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from swa_jax.averaging import SWAState
-from swa_jax.placement import PyTree, is_traced
-from swa_jax.scalars import check_count, known, shown
-from swa_jax.timing import Window
+from swa_jax._placement import is_traced
+from swa_jax._validate import check_count, known, shown
+from swa_jax.averages.swa import SWAState
+from swa_jax.recipe._timing import Window
+from swa_jax.typing import PyTree
 
 
 class Event(enum.StrEnum):
@@ -30,7 +31,7 @@ class RecipeState(NamedTuple):
       average: the average, an ``SWAState``.
       initial_lr: float scalar, the learning rate that the anneal starts from: the one
         at the first model taken up, 0 before.
-      first_tick: int32 scalar, the tick (see ``timing``) of that model, 0 before.
+      first_tick: int32 scalar, the tick (see ``_timing``) of that model, 0 before.
       last_tick: int32 scalar, the latest tick taken up, 0 before.
       installed: bool scalar, whether training went on from the average (``swa_end``),
         or ended with it.
@@ -168,9 +169,9 @@ def first_or(first_tick: jax.Array, tick: int) -> jax.Array:
 def check_window(when: Window, swa: RecipeState) -> None:
     """Raises if the average began before this window does."""
     first = int(known(swa.first_tick))
-    if 0 < first < when.first:
+    if 0 < first < when.when.start:
         raise ValueError(
             f"state.swa averages from {when.describe(first)} on, but in a run of this "
-            f"length averaging starts with {when.describe(when.first)}: it is of "
+            f"length averaging starts with {when.describe(when.when.start)}: it is of "
             "another run; set swa=None to begin a new average"
         )

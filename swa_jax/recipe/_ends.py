@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
+from swa_jax._placement import is_traced
 from swa_jax._reading import swa_params
-from swa_jax.batch_stats import BatchStatsFn, recompute_batch_stats
-from swa_jax.placement import PyTree, is_traced
-from swa_jax.recipe.metrics import equal
-from swa_jax.recipe.state import RecipeState, TrainingState
-from swa_jax.scalars import known, shown
+from swa_jax._validate import known, shown
+from swa_jax.batch_stats import recompute_batch_stats
+from swa_jax.recipe._metrics import equal
+from swa_jax.recipe._state import RecipeState, TrainingState
 from swa_jax.schedules import scalar_arithmetic
+from swa_jax.typing import BatchStatsFn, PyTree
 
 
 @scalar_arithmetic()

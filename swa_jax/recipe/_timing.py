@@ -11,7 +11,8 @@ import math
 import re
 from typing import Any, Literal, NamedTuple
 
-from swa_jax.scalars import MAX_COUNT, check_count, shown
+from swa_jax._sampling import Sampling
+from swa_jax._validate import MAX_COUNT, check_count, shown
 
 _TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(dur|ep|ba)")
 
@@ -103,27 +104,14 @@ class Window(NamedTuple):
 
     Attributes:
       unit: what a tick is: the end of an epoch, ``"ep"``, or of a batch, ``"ba"``.
-      first: tick of the first averaged model, >= 1.
-      period: ticks from one to the next.
-      last: last tick that may be averaged.
+      when: the ticks whose models are averaged; ``when.start`` is at least 1, and
+        ``when.stop`` is there.
       total: last tick of training.
     """
 
     unit: Literal["ep", "ba"]
-    first: int
-    period: int
-    last: int
+    when: Sampling
     total: int
-
-    def samples(self, tick: int) -> bool:
-        """Whether the model at ``tick`` is averaged."""
-        return (
-            self.first <= tick <= self.last and (tick - self.first) % self.period == 0
-        )
-
-    def number(self, tick: Any) -> Any:
-        """How many models have had their turn by ``tick``, that one included."""
-        return (tick - self.first) // self.period + 1
 
     def describe(self, tick: int) -> str:
         """``tick`` as a caller counts."""
@@ -131,7 +119,7 @@ class Window(NamedTuple):
 
     def ends_early(self, tick: int) -> bool:
         """Whether training continues from the average at ``tick``."""
-        return tick == self.last < self.total
+        return bool(tick == self.when.stop < self.total)
 
 
 def window(
@@ -189,4 +177,4 @@ def window(
         )
     # A longer period samples no more than one of the whole length, and counts in int32.
     every = min(int(period.value), total)
-    return Window("ep" if by_epoch else "ba", first, every, last, total)
+    return Window("ep" if by_epoch else "ba", Sampling(first, every, last), total)

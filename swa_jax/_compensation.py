@@ -75,11 +75,11 @@ def next_pair(
         steps = jnp.ceil((e - low) / spacing - 0.5)
         return jnp.where(first, new, b + spacing * steps)
 
-    new_low = _by_parts(write_low, wide, low, new)
+    new_low = by_parts(write_low, wide, low, new)
     new_low = new_low if sample is None else jnp.where(sample, new_low, low)
     # Else XLA would compute both words from intermediate results, which it stores.
     new_low, mean = jax.lax.optimization_barrier((new_low, mean))
-    new_mean = _by_parts(write_mean, mean.astype(low.dtype), new_low, new)
+    new_mean = by_parts(write_mean, mean.astype(low.dtype), new_low, new)
     new_mean = new_mean.astype(mean.dtype)
     return new_mean if sample is None else jnp.where(sample, new_mean, mean), new_low
 
@@ -135,8 +135,8 @@ def _floats(bits: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def _by_parts(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Real and imaginary parts are two means."""
+def by_parts(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """``f`` of real and imaginary parts, which are numbers of their own."""
     if not jnp.iscomplexobj(arrays[0]):
         return f(*arrays)
     return jax.lax.complex(f(*(x.real for x in arrays)), f(*(x.imag for x in arrays)))

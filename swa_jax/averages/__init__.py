@@ -1,0 +1,1 @@
+"""One average a file."""

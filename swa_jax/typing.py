@@ -1,0 +1,32 @@
+"""The types that public signatures are written in.
+
+Most are aliases, to annotate one's own code with; at run time they check nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
+
+import jax
+from jax.sharding import Sharding
+
+#: Any nesting of containers, with arrays as its leaves.
+PyTree: TypeAlias = Any
+#: One sharding for every leaf, a (prefix) pytree of shardings, or a function from a
+#: leaf's ``ShapeDtypeStruct`` to its sharding. ``None``, also as the function's result,
+#: leaves a leaf where the parameter is.
+Placement: TypeAlias = (
+    Sharding | PyTree | Callable[[jax.ShapeDtypeStruct], Sharding | None] | None
+)
+#: How much of an exponential average each new model leaves: a number, or a function of
+#: the models averaged so far, the newcomer included (an int32 scalar).
+Decay: TypeAlias = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
+#: One forward pass in training mode: (params, batch_stats, batch) -> batch_stats.
+BatchStatsFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+#: From a batch to what it counts for.
+BatchWeight: TypeAlias = Callable[[PyTree], jax.typing.ArrayLike]
+#: Leaves that stay as they are: one name, several, or a predicate on names.
+Keep: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+#: How a learning rate goes over into another.
+Strategy: TypeAlias = Literal["cos", "linear"]
+#: Called with the numbers of one event.
+Logger: TypeAlias = Callable[[dict[str, float]], object]
