@@ -10,9 +10,8 @@ models of 4 parameters (weight (2, 1), bias (2,), flattened in this order) the m
 and the mean, the mean of squares and the deviations that ``SWAG.collect_model`` made of
 them; and the mean and covariance of 20,000 draws of ``SWAG.sample``.
 
-Its ``gpytorch`` serves the likelihood only, and no release that still has the module in
-question runs on a current PyTorch, so an empty module stands in for it. ``sample``
-moves every draw to a GPU; here ``cuda`` leaves it where it is.
+gpytorch serves its likelihood only: empty modules stand in for the old release that it
+asks for. ``sample`` moves every draw to a GPU; here ``cuda`` leaves it where it is.
 """
 
 import argparse
