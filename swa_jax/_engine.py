@@ -238,7 +238,9 @@ def _fresh(leaf: Any, buffer: Buffer, target: Sharding | None) -> jax.Array:
         # update; `copy` makes a buffer of its own.
         new = jnp.array(leaf, dtype=dtype, copy=True)
     if rows is not None:
-        at = stack(new.sharding) if is_placed(new) else None
+        # An array that is free to follow others stays so.
+        tied = is_placed(new) and new.committed
+        at = stack(new.sharding) if tied else None
         new = jax.jit(_repeat, static_argnums=1, out_shardings=at)(new, rows)
     return _placed(new, buffer, target)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from swa_jax._compensation import by_parts, next_pair
@@ -137,7 +138,7 @@ class Window:
     ) -> Words:
         """See ``Kind``."""
         ring: Any = words[0]
-        return (_write_row(ring, _latest(ring, new), scalars[0], sample),)
+        return (_write_row(ring, new, scalars[0], sample),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,31 @@ class Gaussian:
         added = by_parts(lambda x: x * x * weight, off)
         squared = jnp.where(first, 0, squares.astype(compute)) + added
         squares = _select(sample, squared.astype(squares.dtype), squares)
-        return next_mean, squares, _write_row(ring, off.astype(ring.dtype), row, sample)
+        return next_mean, squares, _write_row(ring, off, row, sample)
+
+
+def mean_of_rows(ring: jax.Array, count: jax.Array) -> jax.Array:
+    """The mean of the latest models in a stack, of ``count`` that ever entered.
+
+    Args:
+      ring: ``(*replicas, rows, *shape)``; without floats, the latest row is returned.
+      count: int32, of shape ``replicas``, such as a leading axis under ``jax.pmap``.
+
+    Returns:
+      An array ``(*replicas, *shape)``, of float32 or wider.
+    """
+    if np.ndim(count):
+        return jax.vmap(mean_of_rows)(ring, count)
+    rows = ring.shape[0]
+    if not is_averaged(ring.dtype):
+        row = jnp.maximum(count - 1, 0) % rows
+        return jax.lax.dynamic_index_in_dim(ring, row, keepdims=False)
+    wide = ring.astype(mean_dtype(ring.dtype, None))
+    # Around one of them: sums of small differences round less than those of weights.
+    some, number = wide[0], jnp.minimum(count, rows)
+    there = (jnp.arange(rows) < number).reshape(rows, *[1] * (ring.ndim - 1))
+    total = jnp.sum(jnp.where(there, wide - some[None], 0), axis=0)
+    return some + total / jnp.maximum(number, 1).astype(total.dtype)
 
 
 def _next_mean(
@@ -226,9 +251,10 @@ def _write_row(
     def drop(ring: jax.Array, new: jax.Array) -> jax.Array:
         past_the_end = ring.shape[0]
         index = row if sample is None else jnp.where(sample, row, past_the_end)
-        return ring.at[index].set(new, mode="drop")
+        return ring.at[index].set(_latest(ring, new), mode="drop")
 
     def blend(ring: jax.Array, new: jax.Array) -> jax.Array:
+        new = _latest(ring, new)
         if sample is not None:
             old = jax.lax.dynamic_index_in_dim(ring, row, keepdims=False)
             new = jnp.where(sample, new, old)
@@ -238,7 +264,9 @@ def _write_row(
         shape = (ring.shape[0],) + (1,) * new.ndim
         rows = jax.lax.broadcasted_iota(row.dtype, shape, 0)
         here = rows == row if sample is None else (rows == row) & sample
-        return jnp.where(here, new[None], ring)
+        # Selected twice, or XLA would store the rounded newcomer first.
+        rounded = jnp.where(here, new[None], jnp.zeros_like(new)).astype(ring.dtype)
+        return jnp.where(here, rounded, ring)
 
     if jnp.issubdtype(ring.dtype, jax.dtypes.extended):
         return drop(ring, new)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax._finding import holds_average, is_swa_state, swa_state
-from swa_jax._placement import beside, is_traced
+from swa_jax._engine import with_counters
+from swa_jax._finding import average_state, holds_average, located
+from swa_jax._placement import beside, in_device_memory, is_traced
+from swa_jax._validate import MAX_COUNT
+from swa_jax.averages.lawa import LAWAState
 from swa_jax.averages.swa import SWAState
-from swa_jax.typing import PyTree
-
-_MAX_STEP = np.iinfo(np.int32).max
+from swa_jax.typing import PyTree, Which
 
 
 def swa_params(
@@ -49,20 +50,75 @@ def swa_params(
     Example:
       See ``swa``.
     """
+    return _averaged("swa_params", opt_state, params, SWAState, allow_empty)
+
+
+def averaged_params(
+    opt_state: PyTree, params: PyTree, which: Which = None, *, allow_empty: bool = False
+) -> PyTree:
+    """The weights of any average, ready for use in place of ``params``.
+
+    It needs none of the average's hyperparameters. For the rest see ``swa_params``,
+    which is the same for the one ``SWAState``.
+
+    Args:
+      opt_state: optimizer state, or an average's own, see ``swa_state``.
+      params: the current parameters, see ``swa_params``.
+      which: one of several averages, see ``average_state``.
+      allow_empty: see ``swa_params``.
+
+    Returns:
+      A pytree like ``params``: each averaged leaf is the mean, cast to its dtype.
+
+    Raises:
+      ValueError: see ``average_state`` and ``swa_params``.
+      TypeError: see ``average_state``.
+
+    Warns:
+      UserWarning: see ``swa_params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, swa_jax
+      >>> tx = optax.chain(optax.sgd(0.5), swa_jax.swa(), swa_jax.ema(0.5))
+      >>> params = jnp.array([8.0, 4.0])
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, opt_state = tx.update(params, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(swa_jax.averaged_params(opt_state, params, swa_jax.SWAState))
+      [3.  1.5]
+      >>> print(swa_jax.averaged_params(opt_state, params, swa_jax.EMAState))
+      [2.6666667 1.3333334]
+    """
+    return _averaged("averaged_params", opt_state, params, which, allow_empty)
+
+
+def _averaged(
+    caller: str, opt_state: PyTree, params: PyTree, which: Which, allow_empty: bool
+) -> PyTree:
     if not holds_average(opt_state) and holds_average(params):
         raise ValueError(
-            "swa_params: params holds an SWAState and opt_state does not; they were "
-            "swapped, call swa_params(opt_state, params)"
+            f"{caller}: params holds an average and opt_state does not; they were "
+            f"swapped, call {caller}(opt_state, params)"
         )
-    state = swa_state(opt_state)
+    state = average_state(opt_state, which)
     leaves, treedef = jax.tree.flatten(params)
-    means = _matched(state.avg_params, params)
-    some = _some_averaged(state, allow_empty)
-    used = [_read(*pair, some) for pair in zip(means, leaves, strict=True)]
+    means = matched(caller, _read_mean(state), params)
+    some = some_averaged(caller, state, allow_empty)
+    used = [as_param(*pair, some) for pair in zip(means, leaves, strict=True)]
     return jax.tree.unflatten(treedef, used)
 
 
-def with_num_updates(opt_state: PyTree, num_updates: Any) -> PyTree:
+def _read_mean(state: Any) -> PyTree:
+    if not isinstance(state, LAWAState):
+        return state.avg_params
+    window = jax.tree.map(in_device_memory, state.window)
+    return state._replace(window=window).avg_params
+
+
+def with_num_updates(
+    opt_state: PyTree, num_updates: Any, which: Which = None
+) -> PyTree:
     """Tells an average how many updates the run has made: SWA for a run under way.
 
     ``start_step`` and ``period`` count the updates that ``swa()`` has seen. In a run
@@ -74,6 +130,7 @@ def with_num_updates(opt_state: PyTree, num_updates: Any) -> PyTree:
       opt_state: optimizer state with one ``SWAState`` in it, see ``swa_state``.
       num_updates: optimizer updates made so far, >= 0: an integer or integer array,
         also a traced one, of shape () or that of the counters under ``jax.pmap``.
+      which: one of several averages, see ``average_state``.
 
     Returns:
       A new optimizer state; all else in it is as it was, the same buffers included.
@@ -93,35 +150,40 @@ def with_num_updates(opt_state: PyTree, num_updates: Any) -> PyTree:
       >>> print(swa_jax.swa_state(opt_state).num_updates)
       600
     """
-    count = _checked_count(num_updates, swa_state(opt_state))
+    count = _checked_count(num_updates, average_state(opt_state, which))
+    state = located(opt_state, which)
 
     def replace(node: Any) -> Any:
-        if not is_swa_state(node):
+        if node is not state:
             return node
         counter = jax.tree.map(lambda old: _filled(old, count), node.num_updates)
-        return node._replace(num_updates=counter)
+        return with_counters(node, counter, node.num_averaged)
 
-    return jax.tree.map(replace, opt_state, is_leaf=is_swa_state)
+    return jax.tree.map(replace, opt_state, is_leaf=lambda x: x is state)
 
 
-def _some_averaged(state: SWAState, allow_empty: bool) -> bool | jax.Array:
+def some_averaged(caller: str, state: Any, allow_empty: bool) -> bool | jax.Array:
     """Whether there is a mean, for each of the counters; warns where there is none."""
     if is_traced(state.num_averaged):
         return state.num_averaged > 0
     # On the host, else it would tie the result to its own device.
     some: Any = np.asarray(jax.device_get(state.num_averaged)) > 0
     if not (allow_empty or some.all()):
-        counts = [_span(x) for x in state[:2]]
+        counts = [_span(x) for x in _counters(state)]
         warnings.warn(
-            f"swa_params: nothing has been averaged (num_updates={counts[0]}, "
+            f"{caller}: nothing has been averaged (num_updates={counts[0]}, "
             f"num_averaged={counts[1]}), so these are the current weights. Either no "
             "update has come to start_step yet (it counts optimizer updates, inside "
             "optax.MultiSteps not mini-batches), or swa() was added to a run under "
             "way and counts from 0: then set swa_jax.with_num_updates(opt_state, step) "
             "before going on. Where this is expected, pass allow_empty=True",
-            stacklevel=3,
+            stacklevel=4,
         )
     return jax.device_put(some) if some.ndim else bool(some)
+
+
+def _counters(state: Any) -> tuple[Any, Any]:
+    return state.num_updates, state.num_averaged
 
 
 def _span(counter: Any) -> str:
@@ -133,7 +195,7 @@ def _span(counter: Any) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _matched(avg_params: PyTree, params: PyTree) -> list[Any]:
+def matched(caller: str, avg_params: PyTree, params: PyTree) -> list[Any]:
     """The mean of each parameter in order; ``None`` where it is hidden."""
     flat, *structure = jax.tree_util.tree_flatten_with_path(
         avg_params, is_leaf=_is_masked
@@ -143,23 +205,23 @@ def _matched(avg_params: PyTree, params: PyTree) -> list[Any]:
     if _is_nnx(params):
         fix += ", here nnx.state(model, nnx.Param)"
     if len(dict(flat)) == len(flat) and len(dict(leaves)) == len(leaves):
-        means = _matched_by_path(dict(flat), leaves, fix)
+        means = _matched_by_path(caller, dict(flat), leaves, fix)
     elif structure == expected:  # of a node that gives two children one key
         means = [None if _is_masked(leaf) else leaf for _, leaf in flat]
     else:
         raise ValueError(
-            "swa_params: in params or in the average in opt_state one path names two "
+            f"{caller}: in params or in the average in opt_state one path names two "
             f"leaves, and their structures differ, so none can be told apart; {fix}"
         )
     for (path, param), mean in zip(leaves, means, strict=True):
         if mean is not None and np.shape(mean) != np.shape(param):
             found = f"an average of shape {np.shape(mean)}"
-            raise ValueError(_misfit(path, param, found, fix))
+            raise ValueError(_misfit(caller, path, param, found, fix))
     return means
 
 
 def _matched_by_path(
-    averages: dict[Any, Any], leaves: list[tuple[Any, Any]], fix: str
+    caller: str, averages: dict[Any, Any], leaves: list[tuple[Any, Any]], fix: str
 ) -> list[Any]:
     """The same, where the containers of average and parameters may differ."""
     hidden = {path for path, leaf in averages.items() if _is_masked(leaf)}
@@ -170,25 +232,25 @@ def _matched_by_path(
         elif path in averages:
             means.append(averages[path])
         else:
-            raise ValueError(_misfit(path, param, "no average", fix))
+            raise ValueError(_misfit(caller, path, param, "no average", fix))
     surplus = averages.keys() - hidden - {path for path, _ in leaves}
     if surplus:
         path = min(map(jax.tree_util.keystr, surplus))
         raise ValueError(
-            f"swa_params: opt_state averages a parameter {path}, which params lacks; "
+            f"{caller}: opt_state averages a parameter {path}, which params lacks; "
             f"{fix}"
         )
     return means
 
 
-def _misfit(path: Any, param: Any, found: str, fix: str) -> str:
+def _misfit(caller: str, path: Any, param: Any, found: str, fix: str) -> str:
     return (
-        f"swa_params: for params{jax.tree_util.keystr(path)} of shape "
+        f"{caller}: for params{jax.tree_util.keystr(path)} of shape "
         f"{np.shape(param)} opt_state holds {found}; {fix}"
     )
 
 
-def _read(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
+def as_param(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
     """The value to use, in a buffer of its own."""
     if mean is None and not hasattr(param, "dtype"):
         return param  # a function, say, that was hidden because it is no array
@@ -218,7 +280,7 @@ def _is_nnx(x: Any) -> bool:
 # Setting the count.
 
 
-def _checked_count(num_updates: Any, state: SWAState) -> Any:
+def _checked_count(num_updates: Any, state: Any) -> Any:
     """The count as an array; Flax's nnx wraps it in a Variable."""
     leaves = jax.tree.leaves(num_updates)
     count: Any = leaves[0] if len(leaves) == 1 else None
@@ -241,15 +303,15 @@ def _checked_count(num_updates: Any, state: SWAState) -> Any:
     return count
 
 
-def _check_value(count: np.ndarray, state: SWAState) -> None:
-    if not 0 <= count.min() <= count.max() <= _MAX_STEP:
+def _check_value(count: np.ndarray, state: Any) -> None:
+    if not 0 <= count.min() <= count.max() <= MAX_COUNT:
         raise ValueError(
-            f"with_num_updates: num_updates must be between 0 and {_MAX_STEP} (int32), "
+            f"with_num_updates: num_updates must be between 0 and {MAX_COUNT} (int32), "
             f"got {_span(count)}; it counts optimizer updates"
         )
-    if any(map(is_traced, state[:2])):
+    if any(map(is_traced, _counters(state))):
         return
-    seen, averaged = map(np.asarray, jax.device_get(state[:2]))
+    seen, averaged = map(np.asarray, jax.device_get(_counters(state)))
     if ((count < seen) & (averaged > 0)).any():
         raise ValueError(
             f"with_num_updates: num_updates={_span(count)} is less than the "

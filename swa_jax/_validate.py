@@ -70,6 +70,47 @@ def check_count(
     return count
 
 
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    open_below: bool = False,
+    closed: bool = False,
+    hint: str = "",
+    traced: bool = False,
+) -> Any:
+    """Returns ``value`` as a float in a range, or raises.
+
+    Args:
+      name: the argument to name in the message.
+      value: what was given for it.
+      low: the lower end, part of the range unless ``open_below``.
+      high: the upper end, part of the range if ``closed``.
+      open_below: see ``low``.
+      closed: see ``high``.
+      hint: what to do instead.
+      traced: whether a number inside a trace, of which nothing is known, will do.
+    """
+    if is_traced(value) and traced and _is_real(value):
+        return value
+    if is_traced(value) or not _is_real(value):
+        inside = " known outside jit" if is_traced(value) and _is_real(value) else ""
+        raise TypeError(
+            f"{name} must be a number{inside}, got {shown(value)} of type "
+            f"{type(value).__name__}{hint and f'; {hint}'}"
+        )
+    number = float(known(value))
+    above = number > low if open_below else number >= low
+    if not (above and (number <= high if closed else number < high)):
+        interval = f"{'(' if open_below else '['}{low:g}, {high:g}{')]'[closed]}"
+        raise ValueError(
+            f"{name} must be in {interval}, got {number!r}{hint and f'; {hint}'}"
+        )
+    return number
+
+
 def check_rate(name: str, rate: Any, or_else: str = "") -> None:
     """Raises unless ``rate`` is a learning rate, as far as its value is known.
 

@@ -30,3 +30,5 @@ Keep: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
 Strategy: TypeAlias = Literal["cos", "linear"]
 #: Called with the numbers of one event.
 Logger: TypeAlias = Callable[[dict[str, float]], object]
+#: Which average: the type of its state, or a name; ``None`` for the only one.
+Which: TypeAlias = type | str | None

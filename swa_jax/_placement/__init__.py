@@ -10,6 +10,7 @@
 ``meet``             weights, to the average that they enter
 ``to_host``          to host memory
 ``to_device``        back
+``in_device_memory`` the same, also outside a trace
 ``as_array``         from NumPy, to any device
 ===================  ==================================================================
 """
@@ -26,6 +27,7 @@ from swa_jax._placement._moves import as_array as as_array
 from swa_jax._placement._moves import beside as beside
 from swa_jax._placement._moves import bring as bring
 from swa_jax._placement._moves import follow as follow
+from swa_jax._placement._moves import in_device_memory as in_device_memory
 from swa_jax._placement._moves import place as place
 from swa_jax._placement._moves import to_device as to_device
 from swa_jax._placement._moves import to_host as to_host

@@ -65,6 +65,12 @@ def to_device(x: jax.Array, target: Sharding | None = None) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device) if hosted else x
 
 
+def in_device_memory(x: Any) -> Any:
+    """The array, or a copy on its devices of one in host memory; outside a trace."""
+    hosted = is_placed(x) and in_host_memory(x.sharding)
+    return jax.device_put(x, device_sharding(x.sharding)) if hosted else to_device(x)
+
+
 def to_host(x: jax.Array) -> jax.Array:
     """Takes a value inside a trace from its devices to host memory."""
     return jax.device_put(x, jax.memory.Space.Host)

@@ -71,8 +71,61 @@ class Method:
     read: Callable[[Any, Any], Any] = swa_jax.swa_params
 
 
+def running(rate: Callable[[int], float]) -> Callable[[int], np.ndarray]:
+    """The weights of a running average, mean += rate(n) * (q - mean), in float64."""
+
+    def weights(n: int) -> np.ndarray:
+        rates = np.array([1.0, *map(rate, range(2, n + 1))])
+        kept = np.append(np.cumprod((1 - rates[1:])[::-1])[::-1], 1.0)
+        return rates * kept
+
+    return weights
+
+
+def latest(window: int) -> Callable[[int], np.ndarray]:
+    """The weights of a mean of the latest models."""
+    return lambda n: np.where(np.arange(n) >= n - window, 1 / min(n, window), 0.0)
+
+
+def of(make: Callable[..., Any], weights: Any, state: type, **arguments: Any) -> Method:
+    """A method whose average is found by the type of its state."""
+    return Method(
+        make,
+        weights,
+        arguments,
+        state,
+        lambda opt_state: swa_jax.average_state(opt_state, state),
+        lambda opt_state, params: swa_jax.averaged_params(opt_state, params, state),
+    )
+
+
+def equal(n: int) -> np.ndarray:
+    """All alike."""
+    return np.full(n, 1 / n)
+
+
 METHODS = {
-    "swa": Method(swa_jax.swa, lambda n: np.full(n, 1 / n)),
+    "swa": Method(swa_jax.swa, equal),
+    "ema": of(
+        swa_jax.ema,
+        running(lambda n: 0.3 / (1 - 0.7**n)),
+        swa_jax.EMAState,
+        decay=0.7,
+    ),
+    "ema_warmup": of(
+        swa_jax.ema,
+        running(lambda n: max(0.1, n**-0.75)),
+        swa_jax.EMAState,
+        decay=swa_jax.ema_warmup(0.9, power=0.75),
+    ),
+    "power_ema": of(
+        swa_jax.power_ema,
+        running(lambda n: 1 - (1 - 1 / n) ** 3.5),
+        swa_jax.PowerEMAState,
+        gamma=2.5,
+    ),
+    "lawa": of(swa_jax.lawa, latest(2), swa_jax.LAWAState, window=2),
+    "swag": of(swa_jax.swag, equal, swa_jax.SWAGState, rank=3),
 }
 
 #: Those that all transformations take.
