@@ -13,6 +13,7 @@ one step behind and cost a copy of all weights.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -315,9 +316,11 @@ def accumulate(
     count = _next(state.num_averaged)
     landed: list[jax.Array] = []  # what is back in host memory
 
+    scalars_of, enter = _compiled(kind)
+
     @functools.cache  # once, not for each of hundreds of leaves: it shows in compiling
     def scalars_in(dtype: Any) -> Scalars:
-        return _scalars(kind, count, dtype)
+        return scalars_of(count, dtype)
 
     def advance(words: Words, new: Any, target: Sharding | None) -> Words:
         ndim = np.ndim(new)
@@ -332,7 +335,7 @@ def accumulate(
         new = bring(new, target) if target else near(new)
         scalars = scalars_in(_real_dtype(words[0]))
         shared = jax.tree.map(lambda x: follow(x, words[0]), (scalars, sample))
-        words = _enter(kind, words, new, *shared)
+        words = enter(words, new, *shared)
         words = jax.tree.map(
             lambda x: place(x, stack(target) if x.ndim > ndim else target), words
         )
@@ -354,6 +357,22 @@ def accumulate(
 @_inlined
 def _next(n: jax.Array) -> jax.Array:
     return optax.safe_increment(n)
+
+
+def _compiled(kind: Kind) -> tuple[Callable[..., Scalars], Callable[..., Words]]:
+    """Its two functions, compiled where the caller is not."""
+    if not is_hashable(kind):  # with values inside a trace, so within one
+        return kind.scalars, kind.enter
+    return functools.partial(_scalars, kind), functools.partial(_enter, kind)
+
+
+def is_hashable(x: Any) -> bool:
+    """Whether ``x`` can name a compiled program."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.partial(_inlined, static_argnums=(0, 2))

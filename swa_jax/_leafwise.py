@@ -152,7 +152,8 @@ class Gaussian:
         kept = mean_dtype(dtype, accumulator_dtype)
         if not is_averaged(dtype):
             return Buffer(kept), None, None
-        return Buffer(kept), Buffer(kept), Buffer(kept, self.rank)
+        ring = Buffer(kept, self.rank) if self.rank else None
+        return Buffer(kept), Buffer(kept), ring
 
     def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
         """Whether it is the first, its number, its row, and the weight of its square.
@@ -161,7 +162,7 @@ class Gaussian:
         ``n / (n - 1)`` times the second.
         """
         n = count.astype(dtype)
-        return count <= 1, n, (count - 1) % self.rank, n / jnp.maximum(n - 1, 1)
+        return count <= 1, n, (count - 1) % max(self.rank, 1), n / jnp.maximum(n - 1, 1)
 
     def enter(
         self,
@@ -175,7 +176,7 @@ class Gaussian:
         first, n, row, weight = scalars
         assert mean is not None
         next_mean = _select(sample, _next_mean(mean, new, first, n), mean)
-        if squares is None or ring is None:
+        if squares is None:
             return next_mean, None, None
         # Else XLA would compute all three from the old mean, and copy it.
         next_mean = jax.lax.optimization_barrier(next_mean)
@@ -184,7 +185,9 @@ class Gaussian:
         added = by_parts(lambda x: x * x * weight, off)
         squared = jnp.where(first, 0, squares.astype(compute)) + added
         squares = _select(sample, squared.astype(squares.dtype), squares)
-        return next_mean, squares, _write_row(ring, off, row, sample)
+        if ring is not None:
+            ring = _write_row(ring, off, row, sample)
+        return next_mean, squares, ring
 
 
 def mean_of_rows(ring: jax.Array, count: jax.Array) -> jax.Array:

@@ -96,7 +96,7 @@ def init_average(
             "ema(0.999, accumulator_dtype=..., sharding=...)"
         )
     return _engine.initial_state(
-        _plan_of(average, "init_average"), params, caller="init_average"
+        plan_of(average, "init_average"), params, caller="init_average"
     )
 
 
@@ -183,7 +183,8 @@ def averaged_with(
     return _run(state, params, average, sample, skip_nonfinite, donate=False)
 
 
-def _plan_of(average: Any, caller: str) -> _engine.Plan:
+def plan_of(average: Any, caller: str) -> _engine.Plan:
+    """The plan of one of our transformations, or an error that says so."""
     if isinstance(average, _engine.Average):
         return average.plan
     raise TypeError(
@@ -204,7 +205,7 @@ def _run(
 ) -> Any:
     if average is None:
         average = _equal_mean(isinstance(state, CompensatedSWAState))
-    plan = _plan_of(average, "update_average")
+    plan = plan_of(average, "update_average")
     _engine.check_state(state, plan, caller="update_average")
     # What is left of the plan compares by value. The state says the rest.
     plan = dataclasses.replace(
@@ -233,7 +234,7 @@ def _run(
         scalars = jax.tree.map(lambda x: follow(x, words[0][0]), scalars)
         state = _engine.with_counters(state, *scalars[:2])
         sample = scalars[2]
-    if not _hashable(plan):
+    if not _engine.is_hashable(plan):
         return _next_state(state, params, targets, sample, plan)
     update = _update_in_place if donate else _update
     return update(state, params, targets, sample, plan)
@@ -242,15 +243,6 @@ def _run(
 @functools.cache
 def _equal_mean(compensated: bool) -> optax.GradientTransformationExtraArgs:
     return swa(compensated=compensated)
-
-
-def _hashable(plan: _engine.Plan) -> bool:
-    """Whether it can name a compiled program: not with values inside a trace."""
-    try:
-        hash(plan)
-    except TypeError:
-        return False
-    return True
 
 
 def _next_state(
