@@ -81,7 +81,6 @@ __all__ = [
     "swa_state",
     "swag",
     "swag_sample",
-    "typing",
     "update_average",
     "with_num_updates",
 ]
