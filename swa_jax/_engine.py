@@ -401,11 +401,11 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
     """Raises unless ``state`` is the plan's, and its memory is still its own."""
     name, caller = plan.state.__name__, caller or plan.caller
     if not isinstance(state, plan.state):
-        raise TypeError(
-            f"{caller}: state must be an {name}, got {type(state).__name__}; "
-            f"make one with {plan.caller}(...).init(params), or with "
-            "swa_jax.init_average(params, average)"
-        )
+        found = type(state).__name__
+        fix = "make one with swa_jax.init_average(params, average)"
+        if found.endswith("State") and hasattr(state, "num_averaged"):
+            fix = "pass the average that the state was made for, as the third argument"
+        raise TypeError(f"{caller}: state must be an {name}, got {found}; {fix}")
     some = [state.num_updates, *jax.tree.leaves(trees_of(state)[0])[:1]]
     if any(is_placed(x) and x.is_deleted() for x in some):
         raise RuntimeError(

@@ -117,7 +117,8 @@ def update_average(
     Args:
       state: from ``init_average`` or an earlier call.
       params: pytree of the structure and shapes that ``init_average`` received.
-      average: what ``init_average`` received; may be made anew for every call.
+      average: what ``init_average`` received. Equal ones share a compiled program, so
+        it may be made anew for every call, unless its decay is a function of your own.
       sample: bool, or bool scalar as an array, also traced: whether to average. Where
         it is false, ``avg_params`` and ``num_averaged`` keep every bit and
         ``num_updates`` advances all the same. ``None`` means yes. True and false share

@@ -15,7 +15,8 @@ class SWAGState(NamedTuple):
     """State of ``swag``: that of ``swa``, and how the models spread.
 
     Leaves that are not averaged (integers, keys) have ``optax.MaskedNode()`` in the
-    last two fields, with ``rank=0`` all have it in the last. Complex leaves are two parameters each, real and imaginary part.
+    last two fields, with ``rank=0`` all have it in the last. Complex leaves are two
+    parameters each, real and imaginary part.
 
     Attributes:
       num_updates: int32 scalar, the optimizer updates seen so far.
