@@ -4,6 +4,6 @@ Everything is a ratio of two measurements taken in turns in this one run, so tha
 else the machine does hits both alike. Each line gives the median over rounds and, as
 spread, the first and third quartile. Nothing here is asserted: see tests for that.
 
-PyTorch and optax-swag are compared where they are installed (extra `benchmark`).
+PyTorch, timm and optax-swag are compared where they are installed (extra `benchmark`).
 `--only p` says instead where the time of `update_average` goes.
 """

@@ -11,6 +11,7 @@ import rich.console
 import tyro
 
 from experiments.benchmark.alone import bandwidth, profile
+from experiments.benchmark.averages import averages
 from experiments.benchmark.batch_norm import batch_norm_pass
 from experiments.benchmark.importing import import_time
 from experiments.benchmark.measuring import Line, Options, jax_threads
@@ -25,6 +26,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "d": batch_norm_pass,
     "e": compile_time,
     "f": import_time,
+    "g": averages,
     "p": profile,
 }
 #: What runs unless something else was asked for.

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,26 @@ from experiments.benchmark.measuring import (
 
 
 class Averaging:
-    """`update_average` on a tree, called again and again.
+    """`update_average` on a tree, called again and again; of `swa` by default.
 
     With `jitted` inside a `jax.jit`, so that no Python of it runs.
     """
 
-    def __init__(self, params: PyTree, *, jitted: bool = False) -> None:
+    def __init__(
+        self, params: PyTree, average: Any = None, *, jitted: bool = False
+    ) -> None:
         self.params = params
-        self.state = swa_jax.init_average(params)
+        self.average = average
+        self.state = swa_jax.init_average(params, average)
         self.update = swa_jax.update_average
         if jitted:
-            self.update = jax.jit(swa_jax.update_average, donate_argnums=0)
+            self.update = jax.jit(
+                swa_jax.update_average, donate_argnums=0, static_argnums=2
+            )
 
     def run(self) -> None:
         """One average, waited for."""
-        self.state = self.update(self.state, self.params)
+        self.state = self.update(self.state, self.params, self.average)
         jax.block_until_ready(self.state)
 
 

@@ -25,7 +25,7 @@ class Options:
     image_size: int = 64
     """Their height and width."""
 
-    only: tuple[Literal["a", "b", "c", "d", "e", "f", "p"], ...] = ()
+    only: tuple[Literal["a", "b", "c", "d", "e", "f", "g", "p"], ...] = ()
     """Sections to run, by letter. Empty: all but p, the profile."""
 
     output: pathlib.Path | None = None

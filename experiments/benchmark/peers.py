@@ -72,17 +72,25 @@ class OptimizerStep:
         jax.block_until_ready(self.state)
 
 
+def torch_model(params: PyTree) -> Any:
+    """A module of these weights, for PyTorch with as many threads as JAX has."""
+    import torch
+
+    torch.set_num_threads(jax_threads())
+    model = torch.nn.Module()
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        weight = torch.nn.Parameter(torch.from_numpy(np.array(leaf)))
+        model.register_parameter(f"p{number}", weight)
+    return model
+
+
 def _torch_average(params: PyTree) -> tuple[str, Action] | None:
     try:
         import torch
         from torch.optim.swa_utils import AveragedModel
     except ImportError:
         return None
-    torch.set_num_threads(jax_threads())
-    model = torch.nn.Module()
-    for number, leaf in enumerate(jax.tree.leaves(params)):
-        weight = torch.nn.Parameter(torch.from_numpy(np.array(leaf)))
-        model.register_parameter(f"p{number}", weight)
+    model = torch_model(params)
     average = AveragedModel(model)
     name = f"PyTorch {torch.__version__} AveragedModel.update_parameters"
     return name, lambda: average.update_parameters(model)

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import swa_jax
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import (
     alone,
+    averages,
     batch_norm,
     measuring,
     peers,
@@ -107,7 +110,7 @@ def test_compiling_alternates(monkeypatch):
 
 
 def test_profile_is_for_who_asks():
-    assert command._USUAL == ("a", "b", "c", "d", "e", "f")
+    assert command._USUAL == ("a", "b", "c", "d", "e", "f", "g")
     assert "p" in command.SECTIONS
 
 
@@ -187,3 +190,53 @@ def test_peers_are_compared_with_ours(monkeypatch):
         assert line.ratio >= 0
         assert dataclasses.replace(line, target="").target != line.target
     assert torch.what == "time of theirs over ours"
+
+
+@pytest.mark.usefixtures("small_params")
+def test_averages_are_compared_with_swa_and_with_others(monkeypatch):
+    updates = []
+    theirs = "theirs", lambda: updates.append(0)
+    others = (lambda params: theirs, "at least 5"), (lambda params: None, "")
+    monkeypatch.setattr(averages, "PEERS", others)
+    *lines, other = averages.averages(Options(rounds=2))
+    for line in lines:
+        assert_measured(line, "g")
+    whats = [line.what for line in lines]
+    for name in averages.AVERAGES:
+        for turn in ("sampled", "skipped"):
+            assert f"sgd's step with {name} over swa(), {turn}" in whats
+        assert f"update_average with {name} over swa()" in whats
+    assert sum("incremental_update" in what for what in whats) == 1
+    assert sum("bfloat16" in what for what in whats) == 1
+    assert len(whats) == 3 * 4 + 2
+    assert {x.what for x in lines if x.target == "at most 1.05"} == {
+        what
+        for what in whats
+        if what.startswith(("sgd", "update"))
+        and "ema(0.9" in what
+        and "incremental" not in what
+    }
+    assert len(updates) == 1 + 3 * 2  # warm-up and rounds
+    assert (other.what, other.target) == (
+        "time of theirs over update_average with ema(0.999)",
+        "at least 5",
+    )
+
+
+def test_skipped_steps_average_nothing_and_sampled_ones_do():
+    params = {"w": jnp.ones(3)}
+    for average in (swa_jax.swa, *averages.AVERAGES.values()):
+        for period, count in ((1, 2), (10**9, 0)):
+            step = peers.OptimizerStep(params, average(period=period))
+            step.run()
+            step.run()
+            state = swa_jax.average_state(step.state[1])
+            assert (state.num_updates, state.num_averaged) == (2, count)
+
+
+def test_peers_of_ema_run_where_they_are_installed():
+    params = {"w": jnp.ones((8, 16)), "b": jnp.zeros(16)}
+    found = [other for make, _ in averages.PEERS if (other := make(params))]
+    for _, update in found:
+        update()
+    assert any("flax" in name for name, _ in found) == hasattr(nnx, "EMA")
