@@ -150,12 +150,12 @@ class Weights(nnx.Module):
 
 
 def _nnx_ema(params: PyTree) -> tuple[str, Action] | None:
-    """As Flax's documentation has it, and donated."""
+    """As Flax's documentation has it, but donated."""
     return _nnx("flax.nnx.EMA in nnx.jit, donated", params)
 
 
 def _nnx_tree_ema(params: PyTree) -> tuple[str, Action] | None:
-    return _nnx("the same with graph=False", params, graph=False)
+    return _nnx("flax.nnx.EMA in nnx.jit, donated, graph=False", params, graph=False)
 
 
 def _nnx(name: str, params: PyTree, **options: Any) -> tuple[str, Action] | None:
