@@ -9,16 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import benchmark
-from experiments.benchmark import Line, Options
+import swa_jax
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import (
+    alone,
+    averages,
+    batch_norm,
+    measuring,
+    peers,
+    training,
+    trees,
+)
+from experiments.benchmark.measuring import Line, Options
 
 
 @pytest.fixture
 def small_params(monkeypatch):
     """In place of ResNet-50's."""
     params = {"w": jnp.ones((8, 16)), "b": jnp.zeros(16)}
-    monkeypatch.setattr(benchmark, "resnet50_params", lambda: params)
+    monkeypatch.setattr(trees, "resnet50_params", lambda: params)
 
 
 def assert_measured(line: Line, section: str) -> None:
@@ -29,7 +40,7 @@ def assert_measured(line: Line, section: str) -> None:
 def test_each_round_begins_with_another():
     calls = []
     actions = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = benchmark.take_turns(actions, 4)
+    seconds = measuring.take_turns(actions, 4)
     warm_up, *rounds = (calls[i : i + 3] for i in range(0, len(calls), 3))
     assert warm_up == ["a", "b", "c"]
     assert list(map("".join, rounds)) == ["abc", "bca", "cab", "abc"]
@@ -40,14 +51,14 @@ def test_each_round_begins_with_another():
 def test_compare_is_round_by_round():
     # Ratios 2, 4, 3, 8, 1: no quotient of medians, which is 4.
     pair = [2.0, 4.0, 6.0, 8.0, 4.0], [1.0, 1.0, 2.0, 1.0, 4.0]
-    line = benchmark.compare("b", "this over that", pair, "at most 1", "a note")
+    line = measuring.compare("b", "this over that", pair, "at most 1", "a note")
     assert line == Line("b", "this over that", 3.0, 2.0, 4.0, "at most 1", "a note")
     with pytest.raises(ValueError, match="zip"):
-        benchmark.compare("b", "", ([1.0, 2.0], [1.0]), "")
+        measuring.compare("b", "", ([1.0, 2.0], [1.0]), "")
 
 
 def test_times_are_in_milliseconds():
-    line = benchmark.in_milliseconds("f", "a call", [0.002, 0.004, 0.003], "under 5")
+    line = measuring.in_milliseconds("f", "a call", [0.002, 0.004, 0.003], "under 5")
     assert line == Line("f", "a call, in ms", 3.0, 2.5, 3.5, "under 5")
 
 
@@ -56,7 +67,7 @@ def test_markdown():
         Line("a", "this", 1.0004, 0.5, 2.0, "at most 1.02", "note"),
         Line("f", "that", 23.4, 17.8, 27.2, ""),
     ]
-    assert benchmark.markdown(lines) == (
+    assert command.markdown(lines) == (
         "| | Ratio | Median | Quartiles | Target | |\n"
         "|---|---|---:|---|---|---|\n"
         "| a | this | 1.000 | 0.500 to 2.000 | at most 1.02 | note |\n"
@@ -68,16 +79,16 @@ def test_plain_loop_without_openmp_is_numpys(monkeypatch):
     def refuse(command, **kwargs):
         raise subprocess.CalledProcessError(1, command)
 
-    monkeypatch.setattr(benchmark.shutil, "which", lambda name: "/usr/bin/cc")
-    monkeypatch.setattr(benchmark.subprocess, "run", refuse)
-    run, name = benchmark.plain_loop(4)
+    monkeypatch.setattr(alone.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(alone.subprocess, "run", refuse)
+    run, name = alone.plain_loop(4)
     run()
     assert name == "NumPy"
 
 
 def test_plain_loop_without_a_compiler_is_numpys(monkeypatch):
-    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
-    assert benchmark.plain_loop(4)[1] == "NumPy"
+    monkeypatch.setattr(alone.shutil, "which", lambda name: None)
+    assert alone.plain_loop(4)[1] == "NumPy"
 
 
 def test_compiling_alternates(monkeypatch):
@@ -92,19 +103,19 @@ def test_compiling_alternates(monkeypatch):
             order.append(self.averages)
             return 3.0 if self.averages else 2.0
 
-    monkeypatch.setattr(benchmark, "Training", Training)
-    (line,) = benchmark.compile_time(Options(rounds=8))
+    monkeypatch.setattr(training, "Training", Training)
+    (line,) = training.compile_time(Options(rounds=8))
     assert order == [True, False, False, True] * 2
     assert (line.ratio, line.note) == (1.5, "without: 2.0 s")
 
 
 def test_profile_is_for_who_asks():
-    assert benchmark._USUAL == ("a", "b", "c", "d", "e", "f")
-    assert "p" in benchmark.SECTIONS
+    assert command._USUAL == ("a", "b", "c", "d", "e", "f", "g")
+    assert "p" in command.SECTIONS
 
 
 def test_convolutions_have_as_many_weights_as_pytorchs():
-    model = benchmark.Convolutions()
+    model = batch_norm.Convolutions()
     images = np.zeros((2, 16, 16, 3), np.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=True))
     sizes = [x.size for x in jax.tree.leaves(shapes["params"])]
@@ -116,8 +127,8 @@ def test_convolutions_have_as_many_weights_as_pytorchs():
 
 def test_passes_over_a_network():
     batches = list(np.random.default_rng(0).normal(size=(3, 2, 8, 8, 3)))
-    model = benchmark.Convolutions(widths=(4, 4))
-    actions = benchmark.forward_passes(model, [jnp.float32(b) for b in batches])
+    model = batch_norm.Convolutions(widths=(4, 4))
+    actions = batch_norm.forward_passes(model, [jnp.float32(b) for b in batches])
     assert list(actions) == ["pass", "training", "inference"]
     statistics = actions["pass"]()
     assert len(jax.tree.leaves(statistics)) == 4
@@ -126,10 +137,10 @@ def test_passes_over_a_network():
 
 
 def test_the_pass_is_measured_over_forty_batches(monkeypatch):
-    small = benchmark.Convolutions(widths=(4, 4))
-    monkeypatch.setattr(benchmark, "ResNet", lambda stages: small)
+    small = batch_norm.Convolutions(widths=(4, 4))
+    monkeypatch.setattr(batch_norm, "ResNet", lambda stages: small)
     options = Options(rounds=2, batch_size=8, image_size=8)
-    lines = [x for x in benchmark.batch_norm_pass(options) if "PyTorch" not in x.what]
+    lines = [x for x in batch_norm.batch_norm_pass(options) if "PyTorch" not in x.what]
     assert len(lines) == 3
     for line in lines:
         assert_measured(line, "d")
@@ -141,7 +152,7 @@ def test_the_pass_is_measured_over_forty_batches(monkeypatch):
 def test_sections_run(tmp_path, capsys):
     output = tmp_path / "results.json"
     options = Options(rounds=2, only=("b", "c", "f", "p"), output=output)
-    benchmark.main(options)
+    command.main(options)
     content = json.loads(output.read_text())
     assert list(content) == ["machine", "options", "lines"]
     assert content["options"]["only"] == list("bcfp")
@@ -150,7 +161,7 @@ def test_sections_run(tmp_path, capsys):
     for line in lines:
         assert_measured(line, line.section)
         assert line.what in printed
-    assert benchmark.markdown(lines) in printed
+    assert command.markdown(lines) in printed
     (bandwidth,) = (x for x in lines if x.section == "b")
     assert bandwidth.note.endswith(" GB/s")
     (imported,) = (x for x in lines if x.section == "f")
@@ -161,21 +172,71 @@ def test_sections_run(tmp_path, capsys):
 
 
 def test_peers_are_left_out_where_they_are_missing(monkeypatch):
-    monkeypatch.setattr(benchmark, "_torch_average", lambda params: None)
-    monkeypatch.setattr(benchmark, "_optax_swag", lambda: None)
-    monkeypatch.setattr(benchmark, "resnet50_params", dict)
-    assert list(benchmark.peers(Options())) == []
+    monkeypatch.setattr(peers, "_torch_average", lambda params: None)
+    monkeypatch.setattr(peers, "_optax_swag", lambda: None)
+    monkeypatch.setattr(trees, "resnet50_params", dict)
+    assert list(peers.peers(Options())) == []
 
 
 @pytest.mark.usefixtures("small_params")
 def test_peers_are_compared_with_ours(monkeypatch):
     updates = []
     theirs = "theirs", lambda: updates.append(0)
-    monkeypatch.setattr(benchmark, "_torch_average", lambda params: theirs)
-    monkeypatch.setattr(benchmark, "_optax_swag", benchmark.swa_jax.swa)
-    torch, optax_swag = benchmark.peers(Options(rounds=2))
+    monkeypatch.setattr(peers, "_torch_average", lambda params: theirs)
+    monkeypatch.setattr(peers, "_optax_swag", peers.swa_jax.swa)
+    torch, optax_swag = peers.peers(Options(rounds=2))
     assert len(updates) == 1 + 3 * 2  # warm-up and rounds
     for line in (torch, optax_swag):
         assert line.ratio >= 0
         assert dataclasses.replace(line, target="").target != line.target
     assert torch.what == "time of theirs over ours"
+
+
+@pytest.mark.usefixtures("small_params")
+def test_averages_are_compared_with_swa_and_with_others(monkeypatch):
+    updates = []
+    theirs = "theirs", lambda: updates.append(0)
+    others = (lambda params: theirs, "at least 5"), (lambda params: None, "")
+    monkeypatch.setattr(averages, "PEERS", others)
+    *lines, other = averages.averages(Options(rounds=2))
+    for line in lines:
+        assert_measured(line, "g")
+    whats = [line.what for line in lines]
+    for name in averages.AVERAGES:
+        for turn in ("sampled", "skipped"):
+            assert f"sgd's step with {name} over swa(), {turn}" in whats
+        assert f"update_average with {name} over swa()" in whats
+    assert sum("incremental_update" in what for what in whats) == 1
+    assert sum("bfloat16" in what for what in whats) == 1
+    assert len(whats) == 3 * 4 + 2
+    assert {x.what for x in lines if x.target == "at most 1.05"} == {
+        what
+        for what in whats
+        if what.startswith(("sgd", "update"))
+        and "ema(0.9" in what
+        and "incremental" not in what
+    }
+    assert len(updates) == 1 + 3 * 2  # warm-up and rounds
+    assert (other.what, other.target) == (
+        "time of theirs over update_average with ema(0.999)",
+        "at least 5",
+    )
+
+
+def test_skipped_steps_average_nothing_and_sampled_ones_do():
+    params = {"w": jnp.ones(3)}
+    for average in (swa_jax.swa, *averages.AVERAGES.values()):
+        for period, count in ((1, 2), (10**9, 0)):
+            step = peers.OptimizerStep(params, average(period=period))
+            step.run()
+            step.run()
+            state = swa_jax.average_state(step.state[1])
+            assert (state.num_updates, state.num_averaged) == (2, count)
+
+
+def test_peers_of_ema_run_where_they_are_installed():
+    params = {"w": jnp.ones((8, 16)), "b": jnp.zeros(16)}
+    found = [other for make, _ in averages.PEERS if (other := make(params))]
+    for _, update in found:
+        update()
+    assert any("flax" in name for name, _ in found) == hasattr(nnx, "EMA")

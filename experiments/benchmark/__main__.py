@@ -1,0 +1,80 @@
+"""`python -m experiments.benchmark`."""
+
+import dataclasses
+import json
+import pathlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import rich.console
+import tyro
+
+from experiments.benchmark.alone import bandwidth, profile
+from experiments.benchmark.averages import averages
+from experiments.benchmark.batch_norm import batch_norm_pass
+from experiments.benchmark.importing import import_time
+from experiments.benchmark.measuring import Line, Options, jax_threads
+from experiments.benchmark.peers import peers
+from experiments.benchmark.training import compile_time, training_steps
+from experiments.files import write_json
+
+SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
+    "a": training_steps,
+    "b": bandwidth,
+    "c": peers,
+    "d": batch_norm_pass,
+    "e": compile_time,
+    "f": import_time,
+    "g": averages,
+    "p": profile,
+}
+#: What runs unless something else was asked for.
+_USUAL = tuple(letter for letter in SECTIONS if letter != "p")
+
+
+def machine() -> str:
+    """This machine in a line."""
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return (
+        f"{jax_threads()} cores of {model}, Python {platform.python_version()}, "
+        f"jax {jax.__version__}, backend {jax.default_backend()}"
+    )
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The results as a table for the documentation."""
+    rows = ["| | Ratio | Median | Quartiles | Target | |", "|---|---|---:|---|---|---|"]
+    rows += [
+        f"| {x.section} | {x.what} | {x.ratio:.3f} | {x.low:.3f} to {x.high:.3f} "
+        f"| {x.target} | {x.note} |"
+        for x in lines
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def main(options: Options) -> None:
+    """Measure, print, and write what was asked for."""
+    console = rich.console.Console()
+    console.print(machine())
+    lines = []
+    for letter in options.only or _USUAL:
+        for line in SECTIONS[letter](options):
+            console.print(f"({letter}) {line.what}: {line.ratio:.3f}")
+            lines.append(line)
+    print(markdown(lines))
+    if options.output is not None:
+        content = {
+            "machine": machine(),
+            "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+            "lines": [dataclasses.asdict(line) for line in lines],
+        }
+        write_json(options.output, content)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m experiments.benchmark"))
