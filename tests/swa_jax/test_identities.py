@@ -125,8 +125,8 @@ def test_variance_of_weights_far_from_zero(n, dtype):
     variance = np.asarray(state.sq_deviations, np.float64) / n
     assert (variance > 0).all()
     exact = models.astype(np.float64)
-    # A deviation of .01 is off by the mean's error, of which the half ulp of 300 that it
-    # is stored with is 1.5e-5; roundings of n steps are as often up as down.
+    # A deviation of .01 is off by as much as the mean: half an ulp of 300, 1.5e-5, from
+    # being stored, and so for each step before, as often up as down.
     half_ulp = {"float32": U, "float64": 2.0**-53}[dtype]
     error = half_ulp * 300 * np.sqrt(n + 20)
     np.testing.assert_allclose(
