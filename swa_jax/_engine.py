@@ -314,10 +314,15 @@ def accumulate(
     """``next_state`` of an average that knows no steps; ``num_updates`` stays."""
     count = _next(state.num_averaged)
     landed: list[jax.Array] = []  # what is back in host memory
+    # With a value inside a trace, as of optax.inject_hyperparams, none is compiled.
+    constant = is_constant(kind)
+    scalars_of, enter = (
+        (_scalars, _enter) if constant else (_scalars.__wrapped__, _enter.__wrapped__)
+    )
 
     @functools.cache  # once, not for each of hundreds of leaves: it shows in compiling
     def scalars_in(dtype: Any) -> Scalars:
-        return _scalars(kind, count, dtype)
+        return scalars_of(kind, count, dtype)
 
     def advance(words: Words, new: Any, target: Sharding | None) -> Words:
         ndim = np.ndim(new)
@@ -332,7 +337,7 @@ def accumulate(
         new = bring(new, target) if target else near(new)
         scalars = scalars_in(_real_dtype(words[0]))
         shared = jax.tree.map(lambda x: follow(x, words[0]), (scalars, sample))
-        words = _enter(kind, words, new, *shared)
+        words = enter(kind, words, new, *shared)
         words = jax.tree.map(
             lambda x: place(x, stack(target) if x.ndim > ndim else target), words
         )
@@ -368,6 +373,15 @@ def _enter(
     return kind.enter(words, new, scalars, sample)
 
 
+def is_constant(plan: Any) -> bool:
+    """Whether a plan or a kind can name a compiled program: no value is in a trace."""
+    try:
+        hash(plan)
+    except TypeError:
+        return False
+    return True
+
+
 def _real_dtype(kept: Any) -> Any:
     """What the scalars for a leaf are computed in."""
     if not is_averaged(kept.dtype):
@@ -382,17 +396,44 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
     """Raises unless ``state`` is the plan's, and its memory is still its own."""
     name, caller = plan.state.__name__, caller or plan.caller
     if not isinstance(state, plan.state):
+        other = hasattr(state, "num_averaged") and caller == "update_average"
         raise TypeError(
-            f"{caller}: state must be an {name}, got {type(state).__name__}; "
-            f"make one with {plan.caller}(...).init(params), or with "
-            "swa_jax.init_average(params, average)"
+            f"{caller}: state must be {_article(name)} {name}, got "
+            f"{type(state).__name__}; "
+            + (
+                "pass the average that it was made with, as in "
+                "update_average(state, params, average)"
+                if other
+                else f"make one with {plan.caller}(...).init(params), or with "
+                "swa_jax.init_average(params, average)"
+            )
         )
+    _check_rows(state, plan, caller)
     some = [state.num_updates, *jax.tree.leaves(trees_of(state)[0])[:1]]
     if any(is_placed(x) and x.is_deleted() for x in some):
         raise RuntimeError(
             f"{caller}: state has been donated to an earlier call, which reused "
             "its memory; go on with the state that that call returned"
         )
+
+
+def _article(name: str) -> str:
+    """As it is spoken: an EMAState, an SWAState, a LAWAState."""
+    return "an" if name[0] in "ES" else "a"
+
+
+def _check_rows(state: Any, plan: Plan, caller: str) -> None:
+    """Raises if the state's stacks are of another size than the plan's."""
+    buffers = plan.kind.buffers(jnp.dtype(jnp.float32), None)
+    for tree, buffer in zip(trees_of(state), buffers, strict=True):
+        rows = buffer and buffer.rows
+        for leaf in jax.tree.leaves(tree) if rows else ():
+            if np.shape(leaf)[:1] != (rows,):
+                raise ValueError(
+                    f"{caller}: the state keeps {np.shape(leaf)[0]} models, the "
+                    f"average {plan.caller}({rows}, ...) would keep {rows}; go on "
+                    "with as many as the state was made for, or begin anew"
+                )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -233,7 +233,7 @@ def _run(
         scalars = jax.tree.map(lambda x: follow(x, words[0][0]), scalars)
         state = _engine.with_counters(state, *scalars[:2])
         sample = scalars[2]
-    if not _hashable(plan):
+    if not _engine.is_constant(plan):
         return _next_state(state, params, targets, sample, plan)
     update = _update_in_place if donate else _update
     return update(state, params, targets, sample, plan)
@@ -242,15 +242,6 @@ def _run(
 @functools.cache
 def _equal_mean(compensated: bool) -> optax.GradientTransformationExtraArgs:
     return swa(compensated=compensated)
-
-
-def _hashable(plan: _engine.Plan) -> bool:
-    """Whether it can name a compiled program: not with values inside a trace."""
-    try:
-        hash(plan)
-    except TypeError:
-        return False
-    return True
 
 
 def _next_state(
