@@ -1,6 +1,11 @@
-"""Stochastic Weight Averaging (SWA) for JAX, as an Optax gradient transformation."""
+"""Averages of weights for JAX: SWA, EMA and their kin, as Optax transformations."""
 
 from swa_jax import typing as typing
+from swa_jax._diagnostics import average_distance as average_distance
+from swa_jax._diagnostics import averaging_weights as averaging_weights
+from swa_jax._diagnostics import effective_window as effective_window
+from swa_jax._diagnostics import models_in_average as models_in_average
+from swa_jax._drawing import swag_sample as swag_sample
 from swa_jax._finding import average_state as average_state
 from swa_jax._finding import swa_state as swa_state
 from swa_jax._loop import averaged_with as averaged_with
@@ -16,6 +21,11 @@ from swa_jax.averages.ema import ema_warmup as ema_warmup
 from swa_jax.averages.ema import power_ema as power_ema
 from swa_jax.averages.lawa import LAWAState as LAWAState
 from swa_jax.averages.lawa import lawa as lawa
+from swa_jax.averages.posthoc import Snapshot as Snapshot
+from swa_jax.averages.posthoc import posthoc_ema as posthoc_ema
+from swa_jax.averages.soups import decay_weights as decay_weights
+from swa_jax.averages.soups import greedy_soup as greedy_soup
+from swa_jax.averages.soups import soup as soup
 from swa_jax.averages.swa import CompensatedSWAState as CompensatedSWAState
 from swa_jax.averages.swa import SWAState as SWAState
 from swa_jax.averages.swa import swa as swa
@@ -43,25 +53,34 @@ __all__ = [
     "PowerEMAState",
     "SWAGState",
     "SWAState",
+    "Snapshot",
     "TrainingState",
+    "average_distance",
     "average_state",
     "averaged_params",
     "averaged_with",
+    "averaging_weights",
     "cosine_to_constant_schedule",
     "cyclic_schedule",
+    "decay_weights",
+    "effective_window",
     "ema",
     "ema_warmup",
+    "greedy_soup",
     "init_average",
     "lawa",
     "linear_to_constant_schedule",
+    "models_in_average",
+    "posthoc_ema",
     "power_ema",
     "recompute_batch_stats",
+    "soup",
     "swa",
     "swa_params",
     "swa_schedule",
     "swa_state",
     "swag",
-    "typing",
+    "swag_sample",
     "update_average",
     "with_num_updates",
 ]

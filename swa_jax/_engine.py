@@ -13,6 +13,7 @@ one step behind and cost a copy of all weights.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -314,15 +315,12 @@ def accumulate(
     """``next_state`` of an average that knows no steps; ``num_updates`` stays."""
     count = _next(state.num_averaged)
     landed: list[jax.Array] = []  # what is back in host memory
-    # With a value inside a trace, as of optax.inject_hyperparams, none is compiled.
-    constant = is_constant(kind)
-    scalars_of, enter = (
-        (_scalars, _enter) if constant else (_scalars.__wrapped__, _enter.__wrapped__)
-    )
+
+    scalars_of, enter = _compiled(kind)
 
     @functools.cache  # once, not for each of hundreds of leaves: it shows in compiling
     def scalars_in(dtype: Any) -> Scalars:
-        return scalars_of(kind, count, dtype)
+        return scalars_of(count, dtype)
 
     def advance(words: Words, new: Any, target: Sharding | None) -> Words:
         ndim = np.ndim(new)
@@ -337,7 +335,7 @@ def accumulate(
         new = bring(new, target) if target else near(new)
         scalars = scalars_in(_real_dtype(words[0]))
         shared = jax.tree.map(lambda x: follow(x, words[0]), (scalars, sample))
-        words = enter(kind, words, new, *shared)
+        words = enter(words, new, *shared)
         words = jax.tree.map(
             lambda x: place(x, stack(target) if x.ndim > ndim else target), words
         )
@@ -361,6 +359,22 @@ def _next(n: jax.Array) -> jax.Array:
     return optax.safe_increment(n)
 
 
+def _compiled(kind: Kind) -> tuple[Callable[..., Scalars], Callable[..., Words]]:
+    """Its two functions, compiled where the caller is not."""
+    if not is_hashable(kind):  # with values inside a trace, so within one
+        return kind.scalars, kind.enter
+    return functools.partial(_scalars, kind), functools.partial(_enter, kind)
+
+
+def is_hashable(x: Any) -> bool:
+    """Whether ``x`` can name a compiled program."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
 @functools.partial(_inlined, static_argnums=(0, 2))
 def _scalars(kind: Kind, count: jax.Array, dtype: Any) -> Scalars:
     return kind.scalars(count, dtype)
@@ -371,15 +385,6 @@ def _enter(
     kind: Kind, words: Words, new: jax.Array, scalars: Scalars, sample: Any
 ) -> Words:
     return kind.enter(words, new, scalars, sample)
-
-
-def is_constant(plan: Any) -> bool:
-    """Whether a plan or a kind can name a compiled program: no value is in a trace."""
-    try:
-        hash(plan)
-    except TypeError:
-        return False
-    return True
 
 
 def _real_dtype(kept: Any) -> Any:
@@ -396,18 +401,12 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
     """Raises unless ``state`` is the plan's, and its memory is still its own."""
     name, caller = plan.state.__name__, caller or plan.caller
     if not isinstance(state, plan.state):
-        other = hasattr(state, "num_averaged") and caller == "update_average"
-        raise TypeError(
-            f"{caller}: state must be {_article(name)} {name}, got "
-            f"{type(state).__name__}; "
-            + (
-                "pass the average that it was made with, as in "
-                "update_average(state, params, average)"
-                if other
-                else f"make one with {plan.caller}(...).init(params), or with "
-                "swa_jax.init_average(params, average)"
-            )
-        )
+        found = type(state).__name__
+        fix = "make one with swa_jax.init_average(params, average)"
+        if found.endswith("State") and hasattr(state, "num_averaged"):
+            fix = "pass the average that the state was made for, as the third argument"
+        article = "an" if name[0] in "ES" else "a"  # an SWAState, a LAWAState
+        raise TypeError(f"{caller}: state must be {article} {name}, got {found}; {fix}")
     _check_rows(state, plan, caller)
     some = [state.num_updates, *jax.tree.leaves(trees_of(state)[0])[:1]]
     if any(is_placed(x) and x.is_deleted() for x in some):
@@ -415,11 +414,6 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
             f"{caller}: state has been donated to an earlier call, which reused "
             "its memory; go on with the state that that call returned"
         )
-
-
-def _article(name: str) -> str:
-    """As it is spoken: an EMAState, an SWAState, a LAWAState."""
-    return "an" if name[0] in "ES" else "a"
 
 
 def _check_rows(state: Any, plan: Plan, caller: str) -> None:

@@ -97,11 +97,11 @@ def located(opt_state: PyTree, which: Which = None) -> Any:
     found = [pair for pair in everything if _is_meant(which, *pair)]
     if not found:
         raise ValueError(_none_found(opt_state, which, everything))
+    for _, state in found:
+        _check_last(opt_state, state)
     if len(found) > 1:
         raise ValueError(_several_found(which, found))
-    state = found[0][1]
-    _check_last(opt_state, state)
-    return state
+    return found[0][1]
 
 
 def holds_average(tree: PyTree) -> bool:

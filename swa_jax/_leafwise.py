@@ -7,11 +7,12 @@ because ``(q - mean) / n`` soon falls below the spacing of bfloat16.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 from swa_jax._compensation import by_parts, next_pair
@@ -19,7 +20,9 @@ from swa_jax._placement._meeting import Words
 from swa_jax._rules import Rule
 from swa_jax._validate import is_averaged, mean_dtype
 
-Scalars = tuple[jax.Array, ...]
+Scalars: TypeAlias = tuple[Array, ...]
+#: Whether a model enters; ``None`` for yes.
+Sample: TypeAlias = Array | None
 
 
 class Buffer(NamedTuple):
@@ -29,7 +32,7 @@ class Buffer(NamedTuple):
     rows: int | None = None
 
 
-Buffers = tuple[Buffer, *tuple[Buffer | None, ...]]
+Buffers: TypeAlias = tuple[Buffer, *tuple[Buffer | None, ...]]
 
 
 class Kind(Protocol):
@@ -38,7 +41,7 @@ class Kind(Protocol):
     def buffers(self, dtype: Any, accumulator_dtype: Any) -> Buffers:
         """What is kept of a leaf of ``dtype``; ``None`` for what is not."""
 
-    def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
+    def scalars(self, count: Array, dtype: DTypeLike) -> Scalars:
         """What all leaves computed in ``dtype`` share.
 
         Args:
@@ -47,11 +50,7 @@ class Kind(Protocol):
         """
 
     def enter(
-        self,
-        words: Words,
-        new: jax.Array,
-        scalars: Scalars,
-        sample: jax.Array | None,
+        self, words: Words, new: Array, scalars: Scalars, sample: Sample
     ) -> Words:
         """The newcomer's effect on one leaf, none where ``sample`` is false."""
 
@@ -66,17 +65,13 @@ class Mean:
         """See ``Kind``."""
         return (Buffer(mean_dtype(dtype, accumulator_dtype)),)
 
-    def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
+    def scalars(self, count: Array, dtype: DTypeLike) -> Scalars:
         """Whether the newcomer replaces the mean, and by what its step is divided."""
         divisor = self.rule.divisor(count, dtype)
         return (count <= 1) | (divisor <= 1), divisor
 
     def enter(
-        self,
-        words: Words,
-        new: jax.Array,
-        scalars: Scalars,
-        sample: jax.Array | None,
+        self, words: Words, new: Array, scalars: Scalars, sample: Sample
     ) -> Words:
         """See ``Kind``."""
         mean: Any = words[0]
@@ -92,17 +87,13 @@ class CompensatedMean:
         low = Buffer(mean_dtype(dtype, None)) if is_averaged(dtype) else None
         return Buffer(mean_dtype(dtype, accumulator_dtype)), low
 
-    def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
+    def scalars(self, count: Array, dtype: DTypeLike) -> Scalars:
         """Whether the newcomer is the first, and its number."""
         del dtype
         return count <= 1, count
 
     def enter(
-        self,
-        words: Words,
-        new: jax.Array,
-        scalars: Scalars,
-        sample: jax.Array | None,
+        self, words: Words, new: Array, scalars: Scalars, sample: Sample
     ) -> Words:
         """See ``Kind``."""
         mean, low = words
@@ -124,17 +115,13 @@ class Window:
         kept = mean_dtype(dtype, accumulator_dtype) if asked else dtype
         return (Buffer(kept, self.size),)
 
-    def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
+    def scalars(self, count: Array, dtype: DTypeLike) -> Scalars:
         """The newcomer's row."""
         del dtype
         return ((count - 1) % self.size,)
 
     def enter(
-        self,
-        words: Words,
-        new: jax.Array,
-        scalars: Scalars,
-        sample: jax.Array | None,
+        self, words: Words, new: Array, scalars: Scalars, sample: Sample
     ) -> Words:
         """See ``Kind``."""
         ring: Any = words[0]
@@ -152,30 +139,27 @@ class Gaussian:
         kept = mean_dtype(dtype, accumulator_dtype)
         if not is_averaged(dtype):
             return Buffer(kept), None, None
-        return Buffer(kept), Buffer(kept), Buffer(kept, self.rank)
+        ring = Buffer(kept, self.rank) if self.rank else None
+        return Buffer(kept), Buffer(kept), ring
 
-    def scalars(self, count: jax.Array, dtype: DTypeLike) -> Scalars:
+    def scalars(self, count: Array, dtype: DTypeLike) -> Scalars:
         """Whether it is the first, its number, its row, and the weight of its square.
 
         Welford: ``(q - old mean) * (q - new mean)``, where the first deviation is
         ``n / (n - 1)`` times the second.
         """
         n = count.astype(dtype)
-        return count <= 1, n, (count - 1) % self.rank, n / jnp.maximum(n - 1, 1)
+        return count <= 1, n, (count - 1) % max(self.rank, 1), n / jnp.maximum(n - 1, 1)
 
     def enter(
-        self,
-        words: Words,
-        new: jax.Array,
-        scalars: Scalars,
-        sample: jax.Array | None,
+        self, words: Words, new: Array, scalars: Scalars, sample: Sample
     ) -> Words:
         """See ``Kind``."""
         mean, squares, ring = words
         first, n, row, weight = scalars
         assert mean is not None
         next_mean = _select(sample, _next_mean(mean, new, first, n), mean)
-        if squares is None or ring is None:
+        if squares is None:
             return next_mean, None, None
         # Else XLA would compute all three from the old mean, and copy it.
         next_mean = jax.lax.optimization_barrier(next_mean)
@@ -184,10 +168,12 @@ class Gaussian:
         added = by_parts(lambda x: x * x * weight, off)
         squared = jnp.where(first, 0, squares.astype(compute)) + added
         squares = _select(sample, squared.astype(squares.dtype), squares)
-        return next_mean, squares, _write_row(ring, off, row, sample)
+        if ring is not None:
+            ring = _write_row(ring, off, row, sample)
+        return next_mean, squares, ring
 
 
-def mean_of_rows(ring: jax.Array, count: jax.Array) -> jax.Array:
+def mean_of_rows(ring: Array, count: Array) -> Array:
     """The mean of the latest models in a stack, of ``count`` that ever entered.
 
     Args:
@@ -211,9 +197,7 @@ def mean_of_rows(ring: jax.Array, count: jax.Array) -> jax.Array:
     return some + total / jnp.maximum(number, 1).astype(total.dtype)
 
 
-def _next_mean(
-    mean: jax.Array, new: jax.Array, replaces: jax.Array, divisor: jax.Array
-) -> jax.Array:
+def _next_mean(mean: Array, new: Array, replaces: Array, divisor: Array) -> Array:
     if not is_averaged(mean.dtype):
         return _latest(mean, new)
     # An accumulator narrower than float32 was asked for to save memory, not to
@@ -226,20 +210,18 @@ def _next_mean(
     return jnp.where(replaces, new, old + step).astype(mean.dtype)
 
 
-def _latest(kept: jax.Array, new: jax.Array) -> jax.Array:
+def _latest(kept: Array, new: Array) -> Array:
     """The newcomer as it is, in the dtype of what is kept."""
     if jnp.issubdtype(kept.dtype, jax.dtypes.extended):
         return new
     return jnp.asarray(new, kept.dtype)  # not weakly typed, as what is kept is not
 
 
-def _select(sample: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+def _select(sample: Sample, new: Array, old: Array) -> Array:
     return new if sample is None else jnp.where(sample, new, old)
 
 
-def _write_row(
-    ring: jax.Array, new: jax.Array, row: jax.Array, sample: jax.Array | None
-) -> jax.Array:
+def _write_row(ring: Array, new: Array, row: Array, sample: Sample) -> Array:
     """Writes one row of a stack in place, none where ``sample`` is false.
 
     No one way is in place for every compiler. Writing past the end, which drops the
@@ -248,19 +230,19 @@ def _write_row(
     CPUs copies the whole stack: there all rows are written, each with its own value.
     """
 
-    def drop(ring: jax.Array, new: jax.Array) -> jax.Array:
+    def drop(ring: Array, new: Array) -> Array:
         past_the_end = ring.shape[0]
         index = row if sample is None else jnp.where(sample, row, past_the_end)
         return ring.at[index].set(_latest(ring, new), mode="drop")
 
-    def blend(ring: jax.Array, new: jax.Array) -> jax.Array:
+    def blend(ring: Array, new: Array) -> Array:
         new = _latest(ring, new)
         if sample is not None:
             old = jax.lax.dynamic_index_in_dim(ring, row, keepdims=False)
             new = jnp.where(sample, new, old)
         return jax.lax.dynamic_update_index_in_dim(ring, new, row, 0)
 
-    def rewrite(ring: jax.Array, new: jax.Array) -> jax.Array:
+    def rewrite(ring: Array, new: Array) -> Array:
         shape = (ring.shape[0],) + (1,) * new.ndim
         rows = jax.lax.broadcasted_iota(row.dtype, shape, 0)
         here = rows == row if sample is None else (rows == row) & sample

@@ -96,7 +96,7 @@ def init_average(
             "ema(0.999, accumulator_dtype=..., sharding=...)"
         )
     return _engine.initial_state(
-        _plan_of(average, "init_average"), params, caller="init_average"
+        plan_of(average, "init_average"), params, caller="init_average"
     )
 
 
@@ -117,7 +117,8 @@ def update_average(
     Args:
       state: from ``init_average`` or an earlier call.
       params: pytree of the structure and shapes that ``init_average`` received.
-      average: what ``init_average`` received; may be made anew for every call.
+      average: what ``init_average`` received. Equal ones share a compiled program, so
+        it may be made anew for every call, unless its decay is a function of your own.
       sample: bool, or bool scalar as an array, also traced: whether to average. Where
         it is false, ``avg_params`` and ``num_averaged`` keep every bit and
         ``num_updates`` advances all the same. ``None`` means yes. True and false share
@@ -183,7 +184,8 @@ def averaged_with(
     return _run(state, params, average, sample, skip_nonfinite, donate=False)
 
 
-def _plan_of(average: Any, caller: str) -> _engine.Plan:
+def plan_of(average: Any, caller: str) -> _engine.Plan:
+    """The plan of one of our transformations, or an error that says so."""
     if isinstance(average, _engine.Average):
         return average.plan
     raise TypeError(
@@ -204,7 +206,7 @@ def _run(
 ) -> Any:
     if average is None:
         average = _equal_mean(isinstance(state, CompensatedSWAState))
-    plan = _plan_of(average, "update_average")
+    plan = plan_of(average, "update_average")
     _engine.check_state(state, plan, caller="update_average")
     # What is left of the plan compares by value. The state says the rest.
     plan = dataclasses.replace(
@@ -233,7 +235,7 @@ def _run(
         scalars = jax.tree.map(lambda x: follow(x, words[0][0]), scalars)
         state = _engine.with_counters(state, *scalars[:2])
         sample = scalars[2]
-    if not _engine.is_constant(plan):
+    if not _engine.is_hashable(plan):
         return _next_state(state, params, targets, sample, plan)
     update = _update_in_place if donate else _update
     return update(state, params, targets, sample, plan)

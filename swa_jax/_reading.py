@@ -50,7 +50,8 @@ def swa_params(
     Example:
       See ``swa``.
     """
-    return _averaged("swa_params", opt_state, params, SWAState, allow_empty)
+    state = found_for("swa_params", opt_state, params, SWAState)
+    return as_params("swa_params", state, _mean(state), params, allow_empty)
 
 
 def averaged_params(
@@ -87,29 +88,36 @@ def averaged_params(
       ...     params = optax.apply_updates(params, updates)
       >>> print(swa_jax.averaged_params(opt_state, params, swa_jax.SWAState))
       [3.  1.5]
-      >>> print(swa_jax.averaged_params(opt_state, params, swa_jax.EMAState))
-      [2.6666667 1.3333334]
+      >>> average = swa_jax.averaged_params(opt_state, params, swa_jax.EMAState)
+      >>> print([round(float(x), 3) for x in average])  # (4 + 2 * 2) / 3
+      [2.667, 1.333]
     """
-    return _averaged("averaged_params", opt_state, params, which, allow_empty)
+    state = found_for("averaged_params", opt_state, params, which)
+    return as_params("averaged_params", state, _mean(state), params, allow_empty)
 
 
-def _averaged(
-    caller: str, opt_state: PyTree, params: PyTree, which: Which, allow_empty: bool
-) -> PyTree:
+def found_for(caller: str, opt_state: PyTree, params: PyTree, which: Which) -> Any:
+    """``average_state``, for who may have swapped its arguments."""
     if not holds_average(opt_state) and holds_average(params):
         raise ValueError(
             f"{caller}: params holds an average and opt_state does not; they were "
             f"swapped, call {caller}(opt_state, params)"
         )
-    state = average_state(opt_state, which)
+    return average_state(opt_state, which)
+
+
+def as_params(
+    caller: str, state: Any, weights: PyTree, params: PyTree, allow_empty: bool
+) -> PyTree:
+    """Weights of the state's structure as those of ``params``, if there are any yet."""
     leaves, treedef = jax.tree.flatten(params)
-    means = matched(caller, _read_mean(state), params)
-    some = some_averaged(caller, state, allow_empty)
-    used = [as_param(*pair, some) for pair in zip(means, leaves, strict=True)]
+    found = _matched(caller, weights, params)
+    some = _some_averaged(caller, state, allow_empty)
+    used = [_as_param(*pair, some) for pair in zip(found, leaves, strict=True)]
     return jax.tree.unflatten(treedef, used)
 
 
-def _read_mean(state: Any) -> PyTree:
+def _mean(state: Any) -> PyTree:
     if not isinstance(state, LAWAState):
         return state.avg_params
     window = jax.tree.map(in_device_memory, state.window)
@@ -162,7 +170,7 @@ def with_num_updates(
     return jax.tree.map(replace, opt_state, is_leaf=lambda x: x is state)
 
 
-def some_averaged(caller: str, state: Any, allow_empty: bool) -> bool | jax.Array:
+def _some_averaged(caller: str, state: Any, allow_empty: bool) -> bool | jax.Array:
     """Whether there is a mean, for each of the counters; warns where there is none."""
     if is_traced(state.num_averaged):
         return state.num_averaged > 0
@@ -195,7 +203,7 @@ def _span(counter: Any) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def matched(caller: str, avg_params: PyTree, params: PyTree) -> list[Any]:
+def _matched(caller: str, avg_params: PyTree, params: PyTree) -> list[Any]:
     """The mean of each parameter in order; ``None`` where it is hidden."""
     flat, *structure = jax.tree_util.tree_flatten_with_path(
         avg_params, is_leaf=_is_masked
@@ -250,7 +258,7 @@ def _misfit(caller: str, path: Any, param: Any, found: str, fix: str) -> str:
     )
 
 
-def as_param(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
+def _as_param(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
     """The value to use, in a buffer of its own."""
     if mean is None and not hasattr(param, "dtype"):
         return param  # a function, say, that was hidden because it is no array

@@ -245,6 +245,10 @@ def check_params(
     *,
     caller: str,
     averaged_as: Callable[[Any], Any] | None = None,
+    name: str = "params",
+    other: str = "the state's average",
+    fix: str = "pass the parameters that the state was created from, or create a new "
+    "state from these",
 ) -> None:
     """Raises unless ``params`` fits the mean.
 
@@ -255,15 +259,14 @@ def check_params(
       averaged_as: the mean's dtype for a leaf's dtype, where it is known. Without it
         a floating leaf may enter a mean of any floating dtype, since the state does
         not tell which accumulator was asked for.
+      name: what to call ``params`` in the message.
+      other: what to call ``avg_params``.
+      fix: the way out.
 
     Raises:
       TypeError: a leaf is no array.
       ValueError: the structure, a shape or a dtype differs.
     """
-    fix = (
-        "pass the parameters that the state was created from, or create a new state "
-        "from these"
-    )
     structures: list[Any] = [jax.tree.structure(t) for t in (params, avg_params)]
     if structures[0] != structures[1]:
         got, expected = (
@@ -271,31 +274,30 @@ def check_params(
             for tree in (params, avg_params)
         )
         differ = (
-            f"only in params: {_some(got - expected)}; only in the state: "
+            f"only in {name}: {_some(got - expected)}; only in {other}: "
             f"{_some(expected - got)}"
             if got != expected
-            else f"got the containers {structures[0]}, the state has {structures[1]}"
+            else f"got the containers {structures[0]}, {other} has {structures[1]}"
         )
         raise ValueError(
-            f"{caller}: params must have the structure of the state's avg_params; "
-            f"{differ}. Fix: {fix}"
+            f"{caller}: {name} must have the structure of {other}; {differ}. Fix: {fix}"
         )
     triples = zip(
         _flatten_with_path(params),
-        leaf_dtypes(params, caller=caller),
+        leaf_dtypes(params, caller=caller, name=name),
         jax.tree.leaves(avg_params),
         strict=True,
     )
     for (path, leaf), dtype, mean in triples:
-        name = f"params{jax.tree_util.keystr(path)}"
+        where = f"{name}{jax.tree_util.keystr(path)}"
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{caller}: {name} is a ShapeDtypeStruct, which has no values to "
+                f"{caller}: {where} is a ShapeDtypeStruct, which has no values to "
                 "average. Fix: pass arrays, or trace the call with jax.eval_shape"
             )
         if np.shape(leaf) != np.shape(mean):
             raise ValueError(
-                f"{caller}: {name} has shape {np.shape(leaf)}, the state's average "
+                f"{caller}: {where} has shape {np.shape(leaf)}, {other} "
                 f"has {np.shape(mean)}; both must be the same. Fix: {fix}"
             )
         if averaged_as is None:
@@ -306,7 +308,7 @@ def check_params(
             rule = f"a {dtype} leaf is averaged in {averaged_as(dtype)}"
         if not fits:
             raise ValueError(
-                f"{caller}: {name} has dtype {dtype}, but the state's average has "
+                f"{caller}: {where} has dtype {dtype}, but {other} has "
                 f"{mean.dtype}; {rule}. Fix: {fix}"
             )
 

@@ -23,7 +23,7 @@ def averaged_updates(tx: optax.GradientTransformation, length: int) -> list[int]
 
     def update(opt_state: Any, _: Any) -> Any:
         _, opt_state = tx.update(jnp.zeros(()), opt_state, jnp.zeros(()))
-        return opt_state, swa_jax.swa_state(opt_state).num_averaged
+        return opt_state, swa_jax.average_state(opt_state).num_averaged
 
     _, counts = jax.lax.scan(update, tx.init(jnp.zeros(())), length=length)
     return list(np.flatnonzero(np.diff(np.asarray(counts), prepend=0)) + 1)
@@ -124,7 +124,7 @@ def scope() -> dict[str, Any]:
         **{"params": params, "batch_stats": batch_stats, "net": net},
         **{"fn": fn, "batches": batches},
         **{"first": first, "state": state, "opt_state": opt_state},
-        **{"ema": first, "averaged": first, "avg_fn": lambda a, p: 0.25 * a + 0.75 * p},
+        **{"averaged": first, "avg_fn": lambda a, p: 0.25 * a + 0.75 * p},
         **{"base": optax.constant_schedule(0.4), "lr_init": 0.4, "swa_lr": 0.1},
         **{"swa_lrs": {"a": 0.1, "b": 0.2}, "labels": {"x": "a", "y": "b"}},
         **{"start_step": 6, "period": 3, "anneal_steps": 6, "step_idx": 11},
@@ -234,9 +234,13 @@ def _(scope, variables, init_average, update_average):
 
 
 @row("`get_ema_multi_avg_fn(0.999)`")
-def _(scope, ema):
-    before, params = scope["ema"], scope["params"]
-    assert_close(ema, jax.tree.map(lambda e, p: 0.999 * e + 0.001 * p, before, params))
+def _(scope, tx):
+    first, params = scope["first"], scope["params"]
+    state = swa_jax.init_average(params, tx)
+    for model in (first, params):
+        state = swa_jax.update_average(state, model, tx)
+    expected = jax.tree.map(lambda e, p: 0.999 * e + 0.001 * p, first, params)
+    assert_close(state.avg_params, expected)
 
 
 @row("`SWALR(opt, swa_lr, anneal_epochs, anneal_strategy)`")
@@ -342,3 +346,73 @@ def _(scope, tx):
 @row("`anneal_steps` (Composer, later)")
 def _(scope, recipe):
     assert recipe.anneal_epochs == 2
+
+
+# Exponential averages. test_parity_averages.py compares them with the peers' numbers.
+
+OTHERS = re.findall(
+    r"^\| (.+?) \| (.*?) ?\| `((?:power_)?ema\(.+?)` \| .*\|$",
+    PAGE[PAGE.index("## Exponential averages") : PAGE.index("## Learning rates")],
+    re.MULTILINE,
+)
+#: Numbers for what a row mentions, each unlike all others.
+SETTINGS = {
+    **{"d": 0.9, "a": 4, "e": 2, "inv_gamma": 3.0, "power": 0.75, "min_decay": 0.2},
+    **{"warmup_gamma": 3.0, "warmup_power": 0.75, "min_value": 0.2, "gamma": 2.0},
+    "std": 0.1,
+}
+
+
+def warmed_up(inv_gamma: float, least: float) -> Callable[[int], float]:
+    return lambda n: min(max(1 - (1 + (n - 1) / inv_gamma) ** -0.75, least), 0.9)
+
+
+def constant(n: int) -> float:
+    return 0.9
+
+
+#: What the peer's average keeps as its n-th model enters, and the updates of the first
+#: two models.
+KEPT = {
+    "PyTorch `AveragedModel`, `get_ema_multi_avg_fn(d)`": (constant, 1, 2),
+    "timm `ModelEmaV3`, `use_warmup`, `update(model, step=t)`": (
+        warmed_up(3, 0.2),
+        5,
+        6,
+    ),
+    "timm `ModelEmaV3`, no warm-up, with a step": (constant, 5, 6),
+    "timm `ModelEmaV3`, no step": (constant, 1, 2),
+    "ema-pytorch `EMA`, `update_every=1`": (warmed_up(3, 0.2), 5, 6),
+    "ema-pytorch `EMA`, `update_every=e`, `a` a multiple of e": (
+        warmed_up(1.5, 0.0),
+        5,
+        7,
+    ),
+    "diffusers `EMAModel`, its default": (lambda n: min(0.9, n / (9 + n)), 5, 6),
+    "diffusers `EMAModel`, `use_ema_warmup`": (warmed_up(3, 0.2), 5, 6),
+    "Keras `use_ema`, ": (constant, 1, 2),
+    "optax `ema(d)`, fed with weights": (lambda n: 1 - 0.1 / (1 - 0.9**n), 1, 2),
+    # (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is 0.1^2 at this gamma.
+    "EDM2 `PowerFunctionEMA`, `std`": (lambda n: (1 - 1 / n) ** 7.937203938, 1, 2),
+    "ema-pytorch `KarrasEMA`, `update_every=e`": (
+        lambda n: (1 - 1 / ((n - 1) * 2 + 2)) ** 3,
+        1,
+        3,
+    ),
+}
+
+
+def test_the_table_of_exponential_averages_is_found():
+    assert [f"{peer}, {setting}" for peer, setting, _ in OTHERS] == list(KEPT)
+
+
+@pytest.mark.parametrize(("peer", "setting", "call"), OTHERS)
+def test_each_average_has_the_rates_of_its_row(peer, setting, call):
+    kept, first, second = KEPT[f"{peer}, {setting}"]
+    names = {name: getattr(swa_jax, name) for name in swa_jax.__all__}
+    tx = eval(call, {**names, **SETTINGS, "jnp": jnp})
+    rates = np.array([1.0, *(1 - kept(i) for i in range(2, 13))])
+    expected = rates * np.append(np.cumprod((1 - rates[1:])[::-1])[::-1], 1.0)
+    found = swa_jax.averaging_weights(tx, 12)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32 decays
+    assert averaged_updates(optax.chain(tx), 12)[:2] == [first, second]

@@ -35,6 +35,7 @@ def run(page: str) -> dict[str, Any]:
 def test_every_page_with_examples_is_run_here():
     pages = {page for page in PAGES if examples(page)}
     assert pages == {
+        "averages.md",
         "coming-from-pytorch.md",
         "how-to-choose.md",
         "published-method.md",
@@ -73,6 +74,29 @@ def test_errors_of_means_are_those_of_the_command(number):
     [figures] = [[float(x) for x in row] for row in shown]
     # Where a compiler contracts a product and a sum, roundings fall otherwise.
     np.testing.assert_allclose(precision.errors(number), figures, rtol=0.3)
+
+
+# averages.md
+
+
+def test_every_average_trains():
+    results = run("averages.md")["results"]
+    assert len(results) == 13
+    for name, accuracy in results.items():
+        assert 0.85 < accuracy < 1, name
+
+
+def test_effective_windows_are_those_of_the_averages():
+    page = PAGES["averages.md"]
+    [header] = re.findall(r"^\| After n models \| (.+) \|$", page, re.M)
+    calls = re.findall(r"`(.+?)`", header)
+    names = {name: getattr(swa_jax, name) for name in swa_jax.__all__}
+    rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", page, re.M)
+    assert [row[0] for row in rows] == ["10", "100", "1,000", "10,000"]
+    for n, figures in rows:
+        count = int(n.replace(",", ""))
+        found = [swa_jax.effective_window(eval(call, names), count) for call in calls]
+        assert " | ".join(f"{window:.1f}" for window in found) == figures
 
 
 # how-to-choose.md

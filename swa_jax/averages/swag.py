@@ -15,7 +15,8 @@ class SWAGState(NamedTuple):
     """State of ``swag``: that of ``swa``, and how the models spread.
 
     Leaves that are not averaged (integers, keys) have ``optax.MaskedNode()`` in the
-    last two fields. Complex leaves are two parameters each, real and imaginary part.
+    last two fields, with ``rank=0`` all have it in the last. Complex leaves are two
+    parameters each, real and imaginary part.
 
     Attributes:
       num_updates: int32 scalar, the optimizer updates seen so far.
@@ -56,7 +57,7 @@ def swag(
     ``mean(q**2) - mean(q)**2`` loses all digits for weights far from 0.
 
     Args:
-      rank: how many deviations, >= 1; the paper has 20.
+      rank: how many deviations, >= 0; the paper has 20, and 0 for SWAG-Diagonal.
       start_step: see ``swa``, like ``period`` and ``stop_step``.
       period: see ``swa``; the paper samples the ends of epochs.
       stop_step: see ``swa``.
@@ -68,7 +69,7 @@ def swag(
       An ``optax.GradientTransformationExtraArgs`` with state ``SWAGState``.
 
     Raises:
-      ValueError: ``rank < 1``; see ``swa`` for the rest.
+      ValueError: ``rank < 0``; see ``swa`` for the rest.
       TypeError: ``rank`` is no integer; see also ``swa``.
 
     Example:
@@ -92,7 +93,7 @@ def swag(
     return _engine.transformation(
         "swag",
         SWAGState,
-        _leafwise.Gaussian(check_count("rank", rank, hint=hint)),
+        _leafwise.Gaussian(check_count("rank", rank, at_least=0, hint=hint)),
         (start_step, period, stop_step),
         accumulator_dtype=accumulator_dtype,
         sharding=sharding,

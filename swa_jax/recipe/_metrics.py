@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from swa_jax._diagnostics import distance
 from swa_jax._placement import beside
 from swa_jax._validate import known
 from swa_jax.averages.swa import SWAState
@@ -31,17 +32,7 @@ def metrics(state: TrainingState) -> dict[str, float]:
 
 def _distance(average: SWAState, params: PyTree) -> jax.Array:
     # Where the weights are: the mean may be spread, or in host memory.
-    return _norm_of_difference(jax.tree.map(beside, average.avg_params, params), params)
-
-
-@jax.jit
-def _norm_of_difference(tree: PyTree, other: PyTree) -> jax.Array:
-    """Euclidean distance over all floating leaves, in float32 or wider."""
-    total = jnp.zeros([])
-    for x, y in _floating_pairs(tree, other):
-        square = jnp.sum(jnp.abs(x - jnp.asarray(y, x.dtype)) ** 2)
-        total += jnp.asarray(square, total.dtype)
-    return jnp.sqrt(total)
+    return distance(jax.tree.map(beside, average.avg_params, params), params)
 
 
 @jax.jit

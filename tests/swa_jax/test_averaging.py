@@ -776,9 +776,9 @@ GOOD = {"a": np.ones((2, 3), np.float32), "b": {"c": np.ones(4, np.float32)}}
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a": GOOD["a"]}, r"only in the state: \['b'\]\['c'\]"),
+        ({"a": GOOD["a"]}, r"only in the state's average: \['b'\]\['c'\]"),
         ({**GOOD, "d": 1.0}, r"only in params: \['d'\]"),
-        ({**GOOD, "a": None}, r"only in the state: \['a'\]"),
+        ({**GOOD, "a": None}, r"only in the state's average: \['a'\]"),
         (None, r"structure.*only in the state"),
         ([GOOD["a"], GOOD["b"]["c"]], r"structure"),
         ({**GOOD, "a": np.ones((3, 2), np.float32)}, r"\['a'\].*\(3, 2\).*\(2, 3\)"),

@@ -43,19 +43,23 @@ def test_several_states_are_an_error():
     params = {"w": jnp.ones(2)}
     tx = optax.chain(swa_jax.swa(), optax.named_chain(("late", swa_jax.swa(9))))
     message = (
-        r"holds 2 SWAStates, where one was expected: opt_state\[0\], "
-        r"opt_state\[1\]\['late'\]; pass the part"
+        r"holds 2 SWAStates, where one was expected: SWAState at opt_state\[0\], "
+        r"SWAState at opt_state\[1\]\['late'\]; .*which=.*pass the part"
     )
     with pytest.raises(ValueError, match=message):
         swa_jax.swa_state(tx.init(params))
     with pytest.raises(ValueError, match=message):
         swa_jax.swa_params(tx.init(params), params)
     assert swa_jax.swa_state(tx.init(params)[1]).num_updates == 0
+    late = swa_jax.with_num_updates(tx.init(params), 5, "late")
+    assert [int(s.num_updates) for s in (late[0], late[1]["late"])] == [0, 5]
 
 
 def test_of_many_states_three_are_named():
     states = [swa_jax.swa().init(jnp.ones(2))] * 9
-    message = r"holds 9 SWAStates.*: opt_state\[0\], .*\[1\], .*\[2\] and 6 more; pass"
+    message = (
+        r"holds 9 SWAStates.*: opt_state\[0\], .*\[1\], .*\[2\] and 6 more; .*pass"
+    )
     with pytest.raises(ValueError, match=message):
         swa_jax.swa_state(states)
 
@@ -90,7 +94,7 @@ def as_lists(tree):
 def test_a_state_that_has_lost_its_structure(lose, path, params):
     opt_state = lose(optax.chain(optax.adam(0.1), swa_jax.swa()).init(params))
     message = (
-        rf"has the fields of an SWAState at opt_state{path}, but not its type.*Fix: "
+        rf"has the fields of an average at opt_state{path}, but not its type.*Fix: "
         r"restore the checkpoint into the structure of tx.init\(params\)"
     )
     for use in (

@@ -548,7 +548,7 @@ donating_update = jax.jit(plain.update, donate_argnums=1)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a": PARAMS["a"]}, r"only in the state: \['b'\]\['c'\]"),
+        ({"a": PARAMS["a"]}, r"only in the state's average: \['b'\]\['c'\]"),
         ({**PARAMS, "d": jnp.ones(())}, r"only in params: \['d'\]"),
         ({**PARAMS, "a": jnp.ones((3, 2))}, r"\['a'\] .*\(3, 2\).*\(2, 3\)"),
         ({**PARAMS, "a": jnp.ones((1, 3))}, r"\['a'\] .*\(1, 3\).*\(2, 3\)"),
