@@ -70,7 +70,8 @@ def ema(
     Args:
       decay: in [0, 1), or a function from ``n`` (an int32 scalar) to one, such as
         ``ema_warmup`` makes; the rate is then ``1 - decay(n)``, limited to [0, 1],
-        whatever ``debias``. A function is evaluated in JAX's own precision.
+        whatever ``debias``. A function is evaluated in JAX's own precision, and
+        ``optax.inject_hyperparams`` rounds a number to float32.
       start_step: see ``swa``, like ``period`` and ``stop_step``.
       period: see ``swa``; ``decay`` is per sampled model, not per update.
       debias: whether to correct the bias towards the first model.
@@ -237,7 +238,10 @@ def power_ema(
 def check_sigma(name: str, sigma_rel: Any) -> float:
     """Returns the relative deviation of some power average, or raises."""
     widest = float(np.sqrt(1 / 12))  # the equal mean's, gamma = 0
-    hint = f"at {widest:.4f} it is swa(), the mean of all"
+    hint = (
+        f"at {widest:.4f} it is swa(), the mean of all; optax.inject_hyperparams needs "
+        "static_args=('sigma_rel',), or gamma="
+    )
     return check_number(
         name, sigma_rel, 0, widest, hint=hint, open_below=True, closed=True
     )

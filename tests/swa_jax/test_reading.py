@@ -58,7 +58,8 @@ def test_several_states_are_an_error():
 def test_of_many_states_three_are_named():
     states = [swa_jax.swa().init(jnp.ones(2))] * 9
     message = (
-        r"holds 9 SWAStates.*: opt_state\[0\], .*\[1\], .*\[2\] and 6 more; .*pass"
+        r"holds 9 SWAStates.*: SWAState at opt_state\[0\], .*\[1\], .*\[2\] and 6 "
+        r"more; .*pass"
     )
     with pytest.raises(ValueError, match=message):
         swa_jax.swa_state(states)
