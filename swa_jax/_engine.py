@@ -419,15 +419,19 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
 def _check_rows(state: Any, plan: Plan, caller: str) -> None:
     """Raises if the state's stacks are of another size than the plan's."""
     buffers = plan.kind.buffers(jnp.dtype(jnp.float32), None)
-    for tree, buffer in zip(trees_of(state), buffers, strict=True):
-        rows = buffer and buffer.rows
-        for leaf in jax.tree.leaves(tree)[:1] if rows else ():  # all are alike
-            if np.shape(leaf)[:1] != (rows,):
-                raise ValueError(
-                    f"{caller}: the state keeps {np.shape(leaf)[0]} models, the "
-                    f"average {plan.caller}({rows}, ...) would keep {rows}; go on "
-                    "with as many as the state was made for, or begin anew"
-                )
+    if all(buffer and buffer.rows is None for buffer in buffers):
+        return
+    # One leaf tells of all; one that is averaged, as of others less may be kept.
+    words = sorted(words_of(state), key=lambda kept: not is_averaged(kept[0].dtype))
+    for x, buffer in zip(words[0] if words else (), buffers, strict=False):
+        rows = (buffer and buffer.rows) or 0
+        found = np.shape(x)[0] if x is not None and (rows or not buffer) else 0
+        if found != rows and is_averaged(words[0][0].dtype):
+            raise ValueError(
+                f"{caller}: the state was made for {plan.caller}({found}), the "
+                f"average is {plan.caller}({rows}); both must keep as many models. "
+                "Fix: go on with the number of before, or begin a new state"
+            )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
