@@ -421,17 +421,19 @@ def _check_rows(state: Any, plan: Plan, caller: str) -> None:
     buffers = plan.kind.buffers(jnp.dtype(jnp.float32), None)
     if all(buffer and buffer.rows is None for buffer in buffers):
         return
-    # One leaf tells of all; one that is averaged, as of others less may be kept.
+    # One leaf tells of all; one that is averaged, for of others less may be kept.
     words = sorted(words_of(state), key=lambda kept: not is_averaged(kept[0].dtype))
-    for x, buffer in zip(words[0] if words else (), buffers, strict=False):
-        rows = (buffer and buffer.rows) or 0
-        found = np.shape(x)[0] if x is not None and (rows or not buffer) else 0
-        if found != rows and is_averaged(words[0][0].dtype):
-            raise ValueError(
-                f"{caller}: the state was made for {plan.caller}({found}), the "
-                f"average is {plan.caller}({rows}); both must keep as many models. "
-                "Fix: go on with the number of before, or begin a new state"
-            )
+    for kept in words[:1]:
+        buffers = plan.kind.buffers(kept[0].dtype, None)
+        for x, buffer in zip(kept, buffers, strict=True):
+            rows = (buffer and buffer.rows) or 0
+            found = np.shape(x)[0] if x is not None and (rows or not buffer) else 0
+            if found != rows:
+                raise ValueError(
+                    f"{caller}: the state was made for {plan.caller}({found}), the "
+                    f"average is {plan.caller}({rows}); both must keep as many models. "
+                    "Fix: go on with the number of before, or begin a new state"
+                )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
