@@ -405,13 +405,35 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
         fix = "make one with swa_jax.init_average(params, average)"
         if found.endswith("State") and hasattr(state, "num_averaged"):
             fix = "pass the average that the state was made for, as the third argument"
-        raise TypeError(f"{caller}: state must be an {name}, got {found}; {fix}")
+        article = "an" if name[0] in "ES" else "a"  # an SWAState, a LAWAState
+        raise TypeError(f"{caller}: state must be {article} {name}, got {found}; {fix}")
+    _check_rows(state, plan, caller)
     some = [state.num_updates, *jax.tree.leaves(trees_of(state)[0])[:1]]
     if any(is_placed(x) and x.is_deleted() for x in some):
         raise RuntimeError(
             f"{caller}: state has been donated to an earlier call, which reused "
             "its memory; go on with the state that that call returned"
         )
+
+
+def _check_rows(state: Any, plan: Plan, caller: str) -> None:
+    """Raises if the state's stacks are of another size than the plan's."""
+    buffers = plan.kind.buffers(jnp.dtype(jnp.float32), None)
+    if all(buffer and buffer.rows is None for buffer in buffers):
+        return
+    # One leaf tells of all; one that is averaged, for of others less may be kept.
+    words = sorted(words_of(state), key=lambda kept: not is_averaged(kept[0].dtype))
+    for kept in words[:1]:
+        buffers = plan.kind.buffers(kept[0].dtype, None)
+        for x, buffer in zip(kept, buffers, strict=True):
+            rows = (buffer and buffer.rows) or 0
+            found = np.shape(x)[0] if x is not None and (rows or not buffer) else 0
+            if found != rows:
+                raise ValueError(
+                    f"{caller}: the state was made for {plan.caller}({found}), the "
+                    f"average is {plan.caller}({rows}); both must keep as many models. "
+                    "Fix: go on with the number of before, or begin a new state"
+                )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -7,6 +7,7 @@ because ``(q - mean) / n`` soon falls below the spacing of bfloat16.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -173,6 +174,7 @@ class Gaussian:
         return next_mean, squares, ring
 
 
+@functools.partial(jax.jit, inline=True)  # else with copies of the stack in between
 def mean_of_rows(ring: Array, count: Array) -> Array:
     """The mean of the latest models in a stack, of ``count`` that ever entered.
 

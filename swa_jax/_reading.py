@@ -10,9 +10,8 @@ import optax
 
 from swa_jax._engine import with_counters
 from swa_jax._finding import average_state, holds_average, located
-from swa_jax._placement import beside, in_device_memory, is_traced
+from swa_jax._placement import beside, is_traced
 from swa_jax._validate import MAX_COUNT
-from swa_jax.averages.lawa import LAWAState
 from swa_jax.averages.swa import SWAState
 from swa_jax.typing import PyTree, Which
 
@@ -51,7 +50,7 @@ def swa_params(
       See ``swa``.
     """
     state = found_for("swa_params", opt_state, params, SWAState)
-    return as_params("swa_params", state, _mean(state), params, allow_empty)
+    return as_params("swa_params", state, state.avg_params, params, allow_empty)
 
 
 def averaged_params(
@@ -93,7 +92,7 @@ def averaged_params(
       [2.667, 1.333]
     """
     state = found_for("averaged_params", opt_state, params, which)
-    return as_params("averaged_params", state, _mean(state), params, allow_empty)
+    return as_params("averaged_params", state, state.avg_params, params, allow_empty)
 
 
 def found_for(caller: str, opt_state: PyTree, params: PyTree, which: Which) -> Any:
@@ -115,13 +114,6 @@ def as_params(
     some = _some_averaged(caller, state, allow_empty)
     used = [_as_param(*pair, some) for pair in zip(found, leaves, strict=True)]
     return jax.tree.unflatten(treedef, used)
-
-
-def _mean(state: Any) -> PyTree:
-    if not isinstance(state, LAWAState):
-        return state.avg_params
-    window = jax.tree.map(in_device_memory, state.window)
-    return state._replace(window=window).avg_params
 
 
 def with_num_updates(

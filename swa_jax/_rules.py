@@ -109,9 +109,9 @@ class Power:
     def divisor(self, n: Any, dtype: DTypeLike) -> Any:
         """See ``Rule``."""
         xp = _module(n)
-        with np.errstate(divide="ignore"):  # of log(0), for the first model
-            log = xp.log1p(-1 / n.astype(dtype))
-        return -1 / xp.expm1((self.gamma + 1) * log)
+        # Of the first model it is 1; log(0) would give gamma a derivative of NaN.
+        log = xp.log1p(-1 / n.astype(dtype).clip(2))
+        return xp.where(n > 1, -1 / xp.expm1((self.gamma + 1) * log), 1)
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -130,7 +130,8 @@ class Report:
     """An executable in numbers, which travel between processes as JSON.
 
     Attributes:
-      average: bytes of the mean, the measure of what counts as large.
+      average: bytes of the mean, or of one model where no mean is kept: the measure
+        of what counts as large.
       donated: bytes of everything that the step was given to reuse.
       donated_leaves: the same, as a number of arrays.
       temporary: bytes of buffers that live only during the call, those in a TPU's
@@ -177,7 +178,8 @@ class Report:
 
         Args:
           compiled: the executable.
-          average: the mean, the measure of what counts as large.
+          average: the mean, or one model: the measure of what counts as large, which
+            does not grow with what an average keeps besides.
           donated: everything that it may reuse.
           outputs: where its outputs should be, see ``moved``.
         """

@@ -1,12 +1,13 @@
 """``lawa()``: the mean of the latest models."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.typing import DTypeLike
 
 from swa_jax import _engine, _leafwise
+from swa_jax._placement import as_array, follow, in_device_memory
 from swa_jax._validate import check_count
 from swa_jax.typing import Placement, PyTree
 
@@ -31,9 +32,12 @@ class LAWAState(NamedTuple):
     @property
     def avg_params(self) -> PyTree:
         """The mean, in float32 or wider; what is not averaged, as it was latest."""
-        return jax.tree.map(
-            lambda ring: _leafwise.mean_of_rows(ring, self.num_averaged), self.window
-        )
+
+        def mean(ring: Any) -> jax.Array:
+            ring = in_device_memory(as_array(ring))
+            return _leafwise.mean_of_rows(ring, follow(self.num_averaged, ring))
+
+        return jax.tree.map(mean, self.window)
 
 
 def lawa(

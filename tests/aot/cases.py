@@ -56,6 +56,10 @@ TAIL = RESNET50[-11:]
 SGD = optax.sgd(0.1, momentum=0.9)
 SWA = optax.chain(SGD, swa_jax.swa(start_step=100, period=10))
 COMPENSATED_SWA = optax.chain(SGD, swa_jax.swa(100, 10, compensated=True))
+MEAN = functools.partial(swa_jax.swa, 100, 10)
+EMA = functools.partial(swa_jax.ema, 0.999, 100, 10)
+LAWA = functools.partial(swa_jax.lawa, 4, 100, 10)
+SWAG = functools.partial(swa_jax.swag, 3, 100, 10)
 
 
 def mesh_of(devices: Devices, axes: AxisType = AxisType.Auto) -> Mesh:
@@ -120,22 +124,33 @@ def compile_step(
     )
     return Report.of(
         compiled,
-        average=params if tx is SGD else swa_jax.swa_state(opt_state).avg_params,
+        average=_one_model(opt_state[-1], params),
         donated=(params, opt_state),
         outputs=(params, opt_state),
     )
 
 
-def compile_spread(devices: Devices, axes: AxisType) -> Report:
+def _one_model(state: Any, params: Any) -> Any:
+    """What counts as large: the mean, or where there is none the parameters."""
+    stacked = isinstance(state, swa_jax.LAWAState)
+    return params if stacked else getattr(state, "avg_params", params)
+
+
+def compile_spread(
+    devices: Devices,
+    axes: AxisType,
+    *,
+    make: Callable[..., Any] = MEAN,
+    shapes: Shapes = RESNET50,
+) -> Report:
     """Parameters on every device, the average spread over them."""
     mesh = mesh_of(devices, axes)
     everywhere, spread = replicated(mesh), fsdp(mesh)
-    params = _params(RESNET50, jnp.float32, everywhere)
-    tx = optax.chain(SGD, swa_jax.swa(100, 10, sharding=lambda x: spread(x.shape)))
-    momentum, average = jax.eval_shape(optax.chain(SGD, swa_jax.swa()).init, params)
-    average = placed(average, everywhere)._replace(
-        avg_params=placed(average.avg_params, spread)
-    )
+    params = _params(shapes, jnp.float32, everywhere)
+    tx = optax.chain(SGD, make(sharding=lambda x: spread(x.shape)))
+    momentum, average = jax.eval_shape(optax.chain(SGD, make()).init, params)
+    counters, trees = average[:2], average[2:]
+    average = type(average)(*placed(counters, everywhere), *placed(trees, spread))
     opt_state = (placed(momentum, everywhere), average)
     outputs = (params, opt_state)
     # Under Auto axes XLA chooses where outputs go; who trains pins them down.
@@ -150,7 +165,10 @@ def compile_spread(devices: Devices, axes: AxisType) -> Report:
         .compile()
     )
     return Report.of(
-        compiled, average=average.avg_params, donated=outputs, outputs=outputs
+        compiled,
+        average=_one_model(average, placed(params, spread)),
+        donated=outputs,
+        outputs=outputs,
     )
 
 
@@ -283,6 +301,9 @@ def _defects() -> dict[str, Callable[[Devices], Report]]:
 
     return {
         "branching/replicated/auto": chained(defects.branching),
+        "branching window/replicated/auto": chained(
+            defects.branching_window, shapes=TAIL
+        ),
         "lagging/replicated/auto": chained(defects.lagging),
         "concatenated/replicated/auto": chained(defects.concatenated, shapes=TAIL),
         "concatenated/fsdp/auto": chained(defects.concatenated, "fsdp", shapes=TAIL),
@@ -311,6 +332,34 @@ COMPENSATED = {
     "update_average compensated/replicated/auto": functools.partial(
         compile_update, layout="replicated", compensated=True
     ),
+}
+#: The other averages, on a tree that is compiled in seconds.
+AVERAGES = {
+    f"{name}/{layout}/{axes.name.lower()}": functools.partial(
+        compile_step,
+        tx=optax.chain(SGD, make()),
+        layout=layout,
+        axes=axes,
+        shapes=TAIL,
+        dtype=jnp.bfloat16 if "bfloat16" in name else jnp.float32,
+    )
+    for name, make, layout, axes in (
+        ("ema", EMA, "replicated", AxisType.Auto),
+        ("ema", EMA, "fsdp", AxisType.Explicit),
+        ("lawa", LAWA, "replicated", AxisType.Auto),
+        ("lawa", LAWA, "fsdp", AxisType.Explicit),
+        ("lawa bfloat16", LAWA, "replicated", AxisType.Auto),
+        ("lawa bfloat16", LAWA, "fsdp", AxisType.Explicit),
+        ("swag", SWAG, "replicated", AxisType.Auto),
+        ("swag", SWAG, "fsdp", AxisType.Explicit),
+        ("swag", SWAG, "fsdp", AxisType.Auto),
+    )
+}
+AVERAGES |= {
+    f"lawa spread/replicated/{axes.name.lower()}": functools.partial(
+        compile_spread, axes=axes, make=LAWA, shapes=TAIL
+    )
+    for axes in (AxisType.Explicit, AxisType.Auto)
 }
 #: Averages placed elsewhere than the parameters.
 SPREAD = {

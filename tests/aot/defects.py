@@ -60,8 +60,29 @@ def _lagging(state: Any, params: Any, updates: Any, sample: jax.Array) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(sample, a, b), new, state.avg_params)
 
 
+def _window(rows: int) -> optax.GradientTransformation:
+    """``swa_jax.lawa``, whose row is written in a branch."""
+    lawa = swa_jax.lawa(rows)
+
+    def update_fn(updates: Any, state: swa_jax.LAWAState, params: Any = None) -> Any:
+        t = state.num_updates + 1
+        sample = t % _PERIOD == 0
+        new = optax.apply_updates(params, updates)
+        row = state.num_averaged % rows
+        window = jax.lax.cond(
+            sample,
+            lambda: jax.tree.map(lambda x, q: x.at[row].set(q), state.window, new),
+            lambda: state.window,
+        )
+        return updates, swa_jax.LAWAState(t, state.num_averaged + sample, window)
+
+    return optax.GradientTransformation(lawa.init, update_fn)
+
+
 #: A branch that captures the weights, instead of ``where``.
 branching = _transformation(_branching)
+#: A branch around a stack of models.
+branching_window = _window(4)
 #: One long vector, instead of leaf by leaf.
 concatenated = _transformation(_concatenated)
 #: The weights as received, instead of as updated.

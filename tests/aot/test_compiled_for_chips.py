@@ -33,6 +33,10 @@ CAUGHT = {
         TPU_2X4: {"temporaries", "copies"},
         H100: {"temporaries", "copies"},
     },
+    "branching window/replicated/auto": {
+        TPU_2X4: {"temporaries", "copies"},
+        H100: {"temporaries", "copies"},
+    },
     "lagging/replicated/auto": {CPU: {"temporaries", "copies"}},
     "concatenated/replicated/auto": {
         CPU: {"temporaries"},
@@ -129,6 +133,29 @@ def test_step_is_in_place_and_silent(report_of, target, case):
     # The scale of what was compiled: a mean in float32, whole or an eighth of it.
     devices = 8 if "/fsdp/" in case else 1
     assert report.average == 25_557_032 * 4 / devices
+
+
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [
+        on(target, case)
+        for target in ORDER
+        for case in cases.AVERAGES
+        if case in TARGETS[target].cases
+    ],
+)
+def test_every_average_is_in_place_and_silent(report_of, target, case):
+    report, base = report_of(target, case), report_of(target, base_of(case))
+    assert report.violations(base) == set(), report
+    # One model is the scale, however many are kept: whole, or an eighth of it.
+    size = sum(map(math.prod, cases.TAIL)) * (2 if "bfloat16" in case else 4)
+    parts = 8 if "fsdp" in case or "spread" in case else 1
+    assert report.average == size / parts
+    # Weights, momenta, and what the average keeps of them.
+    kept = {"ema": 1, "lawa": 4, "swag": 5}[case.split()[0].split("/")[0]]
+    optimizer = 2 * (8 if "spread" in case else 1)
+    counters = 8
+    assert report.donated == (optimizer + kept) * report.average + counters
 
 
 @pytest.mark.parametrize(

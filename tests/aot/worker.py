@@ -44,7 +44,14 @@ def _h100() -> cases.Devices:
     ).devices
 
 
-_ALL = cases.STEPS | cases.COMPENSATED | cases.NONFINITE | cases.SPREAD | cases.DEFECTS
+_ALL = (
+    cases.STEPS
+    | cases.COMPENSATED
+    | cases.AVERAGES
+    | cases.NONFINITE
+    | cases.SPREAD
+    | cases.DEFECTS
+)
 #: Averaging the weights as received costs a CPU something, a TPU and a GPU nothing.
 _CHIP_CASES = {name: case for name, case in _ALL.items() if "lagging" not in name}
 _HOSTED = cases.HOSTED | cases.HOSTED_DEFECTS
