@@ -47,6 +47,9 @@ def compile_step(make, tx, *, donate=(0, 1), dtype=jnp.float32):
 @pytest.mark.parametrize("make", [one_step, four_steps])
 @every_case
 def test_training_step_is_in_place(make, case):
+    narrow = "accumulator_dtype" in case.options
+    if case.method.make is swa_jax.swag and narrow and jax.__version_info__ < (0, 10):
+        pytest.skip("the CPU compiler of older JAX stores what it rounds to bfloat16")
     tx = optax.chain(optax.sgd(0.1), case.make())
     compiled, donated, average = compile_step(make, tx)
     assert_in_place(compiled, donated=donated, average=average)
