@@ -222,28 +222,25 @@ def test_in_host_memory(case, mesh):
 
 @every_method
 @under(AxisType.Explicit)
-@pytest.mark.parametrize("leaves", ["sharded", "restored"])
-def test_no_implicit_transfers(case, mesh, leaves):
-    check_transfers(case, everywhere(mesh, model()), leaves == "restored")
+def test_no_implicit_transfers(case, mesh):
+    check_transfers(case, everywhere(mesh, model()))
 
 
 @every_method
 def test_no_implicit_transfers_of_numpy_arrays(case):
-    check_transfers(case, model(), False)
+    check_transfers(case, model())
 
 
-def check_transfers(case, params, from_numpy):
+def check_transfers(case, params):
     options = {"start_step": 2, "skip_nonfinite": True}
     case = Case(case.method, options)
     average = case.make()
     zeros = jax.tree.map(lambda x: 0 * x, params)
     restored = jax.device_get(swa_jax.init_average(params, average))
     with jax.transfer_guard("disallow"):
-        state = restored
-        if not from_numpy:
-            state = swa_jax.init_average(params, average)
-        for sample in (None, True, np.bool_(False)):
-            state = swa_jax.update_average(state, params, average, sample=sample)
+        for state in (swa_jax.init_average(params, average), restored):
+            for sample in (None, True, np.bool_(False)):
+                state = swa_jax.update_average(state, params, average, sample=sample)
         opt_state = average.init(params)
         for _ in range(2):
             _, opt_state = average.update(zeros, opt_state, params)
