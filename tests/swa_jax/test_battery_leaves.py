@@ -212,24 +212,21 @@ def of_nan() -> dict:
     return jax.tree.map(spoil, small(9))
 
 
-#: Options of the average, and of each call.
-SKIPS = {
-    "sample": ({}, [{"sample": False}, {"sample": jnp.array(False)}]),
-    "period": ({"start_step": 1, "period": 100}, [{}, {"sample": True}]),
-    "stop_step": ({"stop_step": 3, "accumulator_dtype": jnp.bfloat16}, [{}]),
-    "skip_nonfinite": ({"skip_nonfinite": True}, [{}, {"sample": True}]),
-}
-
-
 @every_method
-@pytest.mark.parametrize("skip", SKIPS)
-def test_a_skipped_model_leaves_every_bit(case, skip):
-    options, calls = SKIPS[skip]
-    average = Case(case.method, options).make()
-    state = odd_state(average, small(1))
+@pytest.mark.parametrize("accumulator", [None, jnp.bfloat16], ids=["wide", "bfloat16"])
+def test_a_skipped_model_leaves_every_bit(case, accumulator):
+    options = {"start_step": 4, "period": 2, "stop_step": 6, "skip_nonfinite": True}
+    average = Case(case.method, {**options, "accumulator_dtype": accumulator}).make()
+    state = odd_state(average, small(1))  # after update 3
     expected = raw(state)
-    for number, call in enumerate(calls, start=4):
-        state = swa_jax.update_average(state, of_nan(), average, **call)
+    skipped = {
+        4: (of_nan(), True),  # not finite
+        5: (small(2), True),  # between two of the period
+        6: (small(2), False),  # not asked for
+        7: (small(2), jnp.array(True)),  # behind the end
+    }
+    for number, (params, sample) in skipped.items():
+        state = swa_jax.update_average(state, params, average, sample=sample)
         assert tuple(map(int, counters(state))) == (number, 3)
         assert raw(state)[1:] == expected[1:]
 
