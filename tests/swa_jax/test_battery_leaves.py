@@ -223,7 +223,8 @@ def test_a_skipped_model_leaves_every_bit(case, accumulator):
         4: (of_nan(), True),  # not finite
         5: (small(2), True),  # between two of the period
         6: (small(2), False),  # not asked for
-        7: (small(2), jnp.array(True)),  # behind the end
+        7: (of_nan(), True),
+        8: (small(2), jnp.array(True)),  # behind the end
     }
     for number, (params, sample) in skipped.items():
         state = swa_jax.update_average(state, params, average, sample=sample)
