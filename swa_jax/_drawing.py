@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swa_jax import _engine
 from swa_jax._compensation import by_parts
 from swa_jax._leafwise import Words
 from swa_jax._placement import as_array, beside, follow, in_device_memory
 from swa_jax._reading import as_params, found_for
+from swa_jax._states import words_of
 from swa_jax._validate import check_number, mean_dtype, shown
 from swa_jax.averages.swag import SWAGState
 from swa_jax.typing import PyTree, Which
@@ -74,12 +74,12 @@ def swag_sample(
             f"swag_sample: which={shown(which)} is a {type(state).__name__}, but only "
             "a SWAGState, of swag(), knows how models spread"
         )
-    shared, *own = jax.random.split(key, 1 + len(_engine.words_of(state)))
+    shared, *own = jax.random.split(key, 1 + len(words_of(state)))
     draw = _draw
     for _ in range(np.ndim(state.num_averaged)):
         draw = jax.vmap(draw, (None, None, 0, None, 0))
     words = []
-    for one, word in zip(own, _engine.words_of(state), strict=True):
+    for one, word in zip(own, words_of(state), strict=True):
         word = jax.tree.map(in_device_memory, word)
         near = functools.partial(follow, other=word[0])
         scalars = map(near, (shared, one, state.num_averaged, as_array(scale)))

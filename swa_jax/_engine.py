@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Sharding
-from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
-from swa_jax._leafwise import Buffer, Kind, Scalars, Words
+from swa_jax._inlined import inlined
+from swa_jax._leafwise import Kind, Scalars, Words
+from swa_jax._newcomer import all_finite, apply_updates
 from swa_jax._placement import (
     Targets,
-    as_array,
     beside,
     bring,
     follow,
@@ -40,12 +40,18 @@ from swa_jax._placement import (
     to_host,
 )
 from swa_jax._sampling import Sampling
+from swa_jax._states import (
+    fresh_state,
+    models_like,
+    trees_of,
+    with_counters,
+    with_words,
+    words_of,
+)
 from swa_jax._validate import (
     check_accumulator_dtype,
     check_params,
     is_averaged,
-    leaf_dtype,
-    leaf_dtypes,
     mean_dtype,
 )
 from swa_jax.typing import Placement, PyTree
@@ -53,10 +59,6 @@ from swa_jax.typing import Placement, PyTree
 #: Leaves of an average in host memory that may be on the device before the first of
 #: them is back. Left alone, XLA brings over all: as if the average had never left.
 _IN_FLIGHT = 2
-
-# Compiled also where the caller is not: the constants within are then no transfers
-# from the host. Inside a trace such functions leave no mark.
-_inlined = functools.partial(jax.jit, inline=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,130 +133,16 @@ def transformation(
     return average
 
 
-# The state as leaves.
-
-
-def trees_of(state: Any) -> tuple[PyTree, ...]:
-    """What a state holds besides its counters; the first has all leaves."""
-    if hasattr(state, "average"):  # and what the average lacks
-        return (*state.average[2:], *state[1:])
-    return tuple(state[2:])
-
-
-def with_trees(
-    state: Any, num_updates: jax.Array, num_averaged: jax.Array, trees: Any
-) -> Any:
-    """A state of the same type with other content."""
-    return _build(type(state), num_updates, num_averaged, *trees)
-
-
-def with_counters(state: Any, num_updates: jax.Array, num_averaged: jax.Array) -> Any:
-    """A state with other counters."""
-    return with_trees(state, num_updates, num_averaged, trees_of(state))
-
-
-def words_of(state: Any) -> list[Words]:
-    """Leaf by leaf, what a state holds of it."""
-    first, *others = trees_of(state)
-    leaves = jax.tree.leaves(first)
-    treedef: Any = jax.tree.structure(first)
-    columns = [map(_word, treedef.flatten_up_to(tree)) for tree in others]
-    return list(zip(leaves, *columns, strict=True))
-
-
-def with_words(state: Any, words: list[Words]) -> Any:
-    """A state with other words."""
-    trees = _trees(jax.tree.structure(trees_of(state)[0]), words, len(trees_of(state)))
-    return with_trees(state, state.num_updates, state.num_averaged, trees)
-
-
-def _build(state: type, *fields: Any) -> Any:
-    # Where the average stands inside a state, its type knows how to be made.
-    return getattr(state, "of", state)(*fields)
-
-
-def _word(leaf: Any) -> Any:
-    return None if isinstance(leaf, optax.MaskedNode) else leaf
-
-
-def _trees(treedef: Any, words: list[Words], number: int) -> list[PyTree]:
-    """One tree for each of the ``number`` words of a leaf."""
-    columns = list(zip(*words, strict=True)) if words else [()] * number
-    return [
-        treedef.unflatten(optax.MaskedNode() if x is None else x for x in column)
-        for column in columns
-    ]
-
-
-def models_like(kind: Kind, state: Any) -> PyTree:
-    """What a model that may enter must look like."""
-    first = trees_of(state)[0]
-    if kind.buffers(jnp.dtype(jnp.float32), None)[0].rows is None:
-        return first
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
-
-
-# The first state.
-
-
 def initial_state(plan: Plan, params: PyTree, *, caller: str | None = None) -> Any:
-    """An average of no model yet, with the data of ``params``, so where they are."""
-    leaves = jax.tree.leaves(params)
-    treedef: Any = jax.tree.structure(params)
-    dtypes = leaf_dtypes(params, caller=caller or plan.caller)
-    kept = [plan.kind.buffers(dtype, plan.accumulator_dtype) for dtype in dtypes]
-    specs = [
-        jax.ShapeDtypeStruct(np.shape(leaf), buffers[0].dtype)
-        for leaf, buffers in zip(leaves, kept, strict=True)
-    ]
-    targets = resolve(plan.sharding, treedef.unflatten(specs))
-    words = [
-        tuple(buffer and _fresh(leaf, buffer, target) for buffer in buffers)
-        for leaf, buffers, target in zip(leaves, kept, targets, strict=True)
-    ]
-    number = len(plan.kind.buffers(jnp.dtype(jnp.float32), None))
-    counters = _zero(), _zero()  # two arrays: counters are donated separately
-    return _build(plan.state, *counters, *_trees(treedef, words, number))
-
-
-@_inlined
-def _zero() -> jax.Array:
-    return jnp.zeros([], jnp.int32)
-
-
-def _fresh(leaf: Any, buffer: Buffer, target: Sharding | None) -> jax.Array:
-    """A buffer of its own with the value of ``leaf``, or with zeros for a shape."""
-    dtype, rows = buffer
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        shape = leaf.shape if rows is None else (rows, *leaf.shape)
-        at = leaf.sharding if rows is None else stack(leaf.sharding)
-        zeros = functools.partial(jax.lax.full, shape, 0, dtype)
-        return _placed(jax.jit(zeros, out_shardings=at)(), buffer, target)
-    if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys know no cast
-        new = jnp.copy(leaf)
-    else:
-        if not isinstance(leaf, jax.Array):
-            leaf = jax.device_put(np.asarray(leaf))
-        # A dtype given by name also strips weak types, which would retrace the first
-        # update; `copy` makes a buffer of its own.
-        new = jnp.array(leaf, dtype=dtype, copy=True)
-    if rows is not None:
-        # An array that is free to follow others stays so.
-        tied = is_placed(new) and new.committed
-        at = stack(new.sharding) if tied else None
-        new = jax.jit(_repeat, static_argnums=1, out_shardings=at)(new, rows)
-    return _placed(new, buffer, target)
-
-
-def _repeat(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.broadcast_to(x, (rows, *x.shape))
-
-
-def _placed(x: jax.Array, buffer: Buffer, target: Sharding | None) -> jax.Array:
-    return place(x, target if buffer.rows is None else stack(target))
-
-
-# The next one.
+    """An average of no model yet."""
+    return fresh_state(
+        plan.state,
+        plan.kind,
+        params,
+        accumulator_dtype=plan.accumulator_dtype,
+        sharding=plan.sharding,
+        caller=caller or plan.caller,
+    )
 
 
 def _after_update(plan: Plan, updates: PyTree, state: Any, params: PyTree) -> Any:
@@ -271,7 +159,7 @@ def _after_update(plan: Plan, updates: PyTree, state: Any, params: PyTree) -> An
         return plan.kind.buffers(dtype, plan.accumulator_dtype)[0].dtype
 
     check_params(params, like, caller=plan.caller, averaged_as=kept_as)
-    new_params = _apply_updates(params, updates, plan.caller)
+    new_params = apply_updates(params, updates, plan.caller)
     targets = resolve(plan.sharding, like)
     return next_state(plan, state, new_params, targets=targets)
 
@@ -298,7 +186,7 @@ def next_state(
     if not plan.when.always:
         sample = due if sample is None else due & follow(sample, due)
     if plan.skip_nonfinite:
-        finite = _all_finite(params)
+        finite = all_finite(params)
         sample = finite if sample is None else follow(sample, finite) & finite
     new = accumulate(plan.kind, state, params, sample, targets=targets)
     return with_counters(new, number, new.num_averaged)
@@ -354,7 +242,7 @@ def accumulate(
     return with_counters(new, state.num_updates, count)
 
 
-@_inlined
+@inlined
 def _next(n: jax.Array) -> jax.Array:
     return optax.safe_increment(n)
 
@@ -375,12 +263,12 @@ def is_hashable(x: Any) -> bool:
     return True
 
 
-@functools.partial(_inlined, static_argnums=(0, 2))
+@functools.partial(inlined, static_argnums=(0, 2))
 def _scalars(kind: Kind, count: jax.Array, dtype: Any) -> Scalars:
     return kind.scalars(count, dtype)
 
 
-@functools.partial(_inlined, static_argnums=0)
+@functools.partial(inlined, static_argnums=0)
 def _enter(
     kind: Kind, words: Words, new: jax.Array, scalars: Scalars, sample: Any
 ) -> Words:
@@ -392,9 +280,6 @@ def _real_dtype(kept: Any) -> Any:
     if not is_averaged(kept.dtype):
         return jnp.dtype(jnp.float32)
     return jnp.finfo(mean_dtype(kept.dtype, None)).dtype
-
-
-# What enters.
 
 
 def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
@@ -434,62 +319,3 @@ def _check_rows(state: Any, plan: Plan, caller: str) -> None:
                     f"average is {plan.caller}({rows}); both must keep as many models. "
                     "Fix: go on with the number of before, or begin a new state"
                 )
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    """Whether a tree is free of NaN and infinity."""
-    leaves = (x for x in jax.tree.leaves(tree) if is_averaged(leaf_dtype(x)))
-    parts = [_is_finite(as_array(x)) for x in leaves]
-    both = lambda x, y: x & follow(y, x)  # noqa: E731
-    return functools.reduce(both, parts) if parts else as_array(np.True_)
-
-
-@_inlined
-def _is_finite(x: jax.Array) -> jax.Array:
-    # Not in eight bits or fewer, some of which have no zero, no sign or no NaN.
-    x = x.astype(jnp.float32) if x.dtype.itemsize < 2 else x
-    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    # By the extremes, which NaN passes through: XLA fuses these two into one reading,
-    # but stores a byte for every weight for isfinite(x).all().
-    extremes = [f(part, initial=0) for part in parts for f in (jnp.max, jnp.min)]
-    return functools.reduce(jnp.logical_and, map(jnp.isfinite, extremes))
-
-
-class _MismatchError(ValueError):
-    """An update that does not fit its parameter."""
-
-
-def _apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:
-    """``optax.apply_updates``, passing on leaves that no gradient step changes."""
-
-    def apply(path: KeyPath, param: Any, update: Any) -> Any:
-        no_gradient = jax.tree.leaves(update) == [] or (
-            leaf_dtype(update) == jax.dtypes.float0
-        )
-        if no_gradient or jnp.issubdtype(leaf_dtype(param), jax.dtypes.extended):
-            return as_array(param)
-        if np.shape(update) != np.shape(param):
-            raise _MismatchError(
-                f"{caller}: updates{jax.tree_util.keystr(path)} has shape "
-                f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
-                "be the same. Fix: pass the updates and the params of one model"
-            )
-        new = optax.apply_updates(as_array(param), as_array(update))
-        # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
-        # float32, and keep a copy of the old weights for it. The barrier makes the mean
-        # read what is stored. Wider weights are stored as computed.
-        narrow = jnp.issubdtype(new.dtype, jnp.floating) and (
-            jnp.finfo(new.dtype).bits < 32
-        )
-        return jax.lax.optimization_barrier(new) if narrow else new
-
-    leaf_dtypes(updates, caller=caller, name="updates")
-    try:
-        return jax.tree_util.tree_map_with_path(apply, params, updates)
-    except _MismatchError:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f"{caller}: updates must have the structure of params. Fix: pass the "
-            f"updates and the params of one model; {error}"
-        ) from error

@@ -17,6 +17,7 @@ from swa_jax._placement import (
     meet,
     together,
 )
+from swa_jax._states import models_like, with_counters, with_words, words_of
 from swa_jax._validate import check_params, check_sample, shown
 from swa_jax.averages.swa import CompensatedSWAState, swa
 from swa_jax.typing import Placement, PyTree
@@ -216,14 +217,14 @@ def _run(
         skip_nonfinite=bool(plan.skip_nonfinite or skip_nonfinite),
     )
     sample = check_sample(sample, caller="update_average")
-    words, leaves = _engine.words_of(state), jax.tree.leaves(params)
+    words, leaves = words_of(state), jax.tree.leaves(params)
     targets = None  # as always in a loop, so this is quick
     if not together(words, leaves):
-        like = _engine.models_like(plan.kind, state)
+        like = models_like(plan.kind, state)
         check_params(params, like, caller="update_average")
         words, leaves, targets = meet(words, leaves)
         params = jax.tree.unflatten(jax.tree.structure(params), leaves)
-        state = _engine.with_words(state, words)
+        state = with_words(state, words)
     if is_scattered(words):
         sample = as_array(True) if sample is None else sample
         new = _next_state(state, params, targets, sample, plan)
@@ -233,7 +234,7 @@ def _run(
     if words:
         scalars = (state.num_updates, state.num_averaged, sample)
         scalars = jax.tree.map(lambda x: follow(x, words[0][0]), scalars)
-        state = _engine.with_counters(state, *scalars[:2])
+        state = with_counters(state, *scalars[:2])
         sample = scalars[2]
     if not _engine.is_hashable(plan):
         return _next_state(state, params, targets, sample, plan)
@@ -254,7 +255,7 @@ def _next_state(
     plan: _engine.Plan,
 ) -> Any:
     # While tracing, so that it costs nothing from the second call on.
-    like = _engine.models_like(plan.kind, state)
+    like = models_like(plan.kind, state)
     check_params(params, like, caller="update_average")
     return _engine.next_state(plan, state, params, sample, targets=targets)
 

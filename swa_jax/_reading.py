@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from swa_jax._engine import with_counters
 from swa_jax._finding import average_state, holds_average, located
 from swa_jax._placement import beside, is_traced
+from swa_jax._states import with_counters
 from swa_jax._validate import MAX_COUNT
 from swa_jax.averages.swa import SWAState
 from swa_jax.typing import PyTree, Which

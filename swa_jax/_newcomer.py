@@ -1,0 +1,74 @@
+"""The model that may enter an average: the weights as they will be stored."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import KeyPath
+
+from swa_jax._inlined import inlined
+from swa_jax._placement import as_array, follow
+from swa_jax._validate import is_averaged, leaf_dtype, leaf_dtypes
+from swa_jax.typing import PyTree
+
+
+class _MismatchError(ValueError):
+    """An update that does not fit its parameter."""
+
+
+def apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:
+    """``optax.apply_updates``, passing on leaves that no gradient step changes."""
+
+    def apply(path: KeyPath, param: Any, update: Any) -> Any:
+        no_gradient = jax.tree.leaves(update) == [] or (
+            leaf_dtype(update) == jax.dtypes.float0
+        )
+        if no_gradient or jnp.issubdtype(leaf_dtype(param), jax.dtypes.extended):
+            return as_array(param)
+        if np.shape(update) != np.shape(param):
+            raise _MismatchError(
+                f"{caller}: updates{jax.tree_util.keystr(path)} has shape "
+                f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
+                "be the same. Fix: pass the updates and the params of one model"
+            )
+        new = optax.apply_updates(as_array(param), as_array(update))
+        # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
+        # float32, and keep a copy of the old weights for it. The barrier makes the mean
+        # read what is stored. Wider weights are stored as computed.
+        narrow = jnp.issubdtype(new.dtype, jnp.floating) and (
+            jnp.finfo(new.dtype).bits < 32
+        )
+        return jax.lax.optimization_barrier(new) if narrow else new
+
+    leaf_dtypes(updates, caller=caller, name="updates")
+    try:
+        return jax.tree_util.tree_map_with_path(apply, params, updates)
+    except _MismatchError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: updates must have the structure of params. Fix: pass the "
+            f"updates and the params of one model; {error}"
+        ) from error
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether a tree is free of NaN and infinity."""
+    leaves = (x for x in jax.tree.leaves(tree) if is_averaged(leaf_dtype(x)))
+    parts = [_is_finite(as_array(x)) for x in leaves]
+    both = lambda x, y: x & follow(y, x)  # noqa: E731
+    return functools.reduce(both, parts) if parts else as_array(np.True_)
+
+
+@inlined
+def _is_finite(x: jax.Array) -> jax.Array:
+    # Not in eight bits or fewer, some of which have no zero, no sign or no NaN.
+    x = x.astype(jnp.float32) if x.dtype.itemsize < 2 else x
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    # By the extremes, which NaN passes through: XLA fuses these two into one reading,
+    # but stores a byte for every weight for isfinite(x).all().
+    extremes = [f(part, initial=0) for part in parts for f in (jnp.max, jnp.min)]
+    return functools.reduce(jnp.logical_and, map(jnp.isfinite, extremes))
