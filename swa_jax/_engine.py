@@ -289,7 +289,7 @@ def check_state(state: Any, plan: Plan, *, caller: str | None = None) -> None:
         found = type(state).__name__
         fix = "make one with swa_jax.init_average(params, average)"
         if found.endswith("State") and hasattr(state, "num_averaged"):
-            fix = "pass the average that the state was made for, as the third argument"
+            fix = "pass the average and the state that belong together"
         article = "an" if name[0] in "ES" else "a"  # an SWAState, a LAWAState
         raise TypeError(f"{caller}: state must be {article} {name}, got {found}; {fix}")
     _check_rows(state, plan, caller)

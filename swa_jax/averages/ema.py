@@ -70,8 +70,9 @@ def ema(
     Args:
       decay: in [0, 1), or a function from ``n`` (an int32 scalar) to one, such as
         ``ema_warmup`` makes; the rate is then ``1 - decay(n)``, limited to [0, 1],
-        whatever ``debias``. A function is evaluated in JAX's own precision, and
-        ``optax.inject_hyperparams`` rounds a number to float32.
+        whatever ``debias``. A function is evaluated in JAX's own precision
+        (``1 - 1/n`` of an int32 in float32), and ``optax.inject_hyperparams`` rounds a
+        number to float32.
       start_step: see ``swa``, like ``period`` and ``stop_step``.
       period: see ``swa``; ``decay`` is per sampled model, not per update.
       debias: whether to correct the bias towards the first model.

@@ -235,7 +235,7 @@ def wrong_calls(average, state):
         ),
         "another's state": (
             lambda: update(init(PARAMS, other), PARAMS, average),
-            "pass the average that the state was made for",
+            "pass the average and the state that belong together",
         ),
         "another's update": (
             lambda: average.update(PARAMS, init(PARAMS, other), PARAMS),
