@@ -14,6 +14,7 @@ from swa_jax._loop import update_average as update_average
 from swa_jax._reading import averaged_params as averaged_params
 from swa_jax._reading import swa_params as swa_params
 from swa_jax._reading import with_num_updates as with_num_updates
+from swa_jax.averages.checkpoints import average_checkpoints as average_checkpoints
 from swa_jax.averages.ema import EMAState as EMAState
 from swa_jax.averages.ema import PowerEMAState as PowerEMAState
 from swa_jax.averages.ema import ema as ema
@@ -32,6 +33,7 @@ from swa_jax.averages.swa import swa as swa
 from swa_jax.averages.swag import SWAGState as SWAGState
 from swa_jax.averages.swag import swag as swag
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
+from swa_jax.errors import CheckpointError as CheckpointError
 from swa_jax.errors import NonFiniteError as NonFiniteError
 from swa_jax.recipe import SWA as SWA
 from swa_jax.recipe import Event as Event
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SWA",
+    "CheckpointError",
     "CompensatedSWAState",
     "EMAState",
     "Event",
@@ -55,6 +58,7 @@ __all__ = [
     "SWAState",
     "Snapshot",
     "TrainingState",
+    "average_checkpoints",
     "average_distance",
     "average_state",
     "averaged_params",

@@ -81,7 +81,7 @@ def test_errors_of_means_are_those_of_the_command(number):
 
 def test_every_average_trains():
     results = run("averages.md")["results"]
-    assert len(results) == 13
+    assert len(results) == 14
     for name, accuracy in results.items():
         assert 0.85 < accuracy < 1, name
 

@@ -54,6 +54,13 @@ def soup(models: Iterable[PyTree], weights: Iterable[float] | None = None) -> Py
       Negative weights: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023,
       https://arxiv.org/abs/2212.04089.
     """
+    return _cast(*mean_of(models, weights))
+
+
+def mean_of(
+    models: Iterable[PyTree], weights: Iterable[float] | None
+) -> tuple[PyTree, list[Any]]:
+    """``soup`` in float32 or wider, and the dtypes that its leaves had."""
     _check_several("soup", models)
     shares = None if weights is None else _shares(weights)
     stream, first = _first("soup", models)
@@ -75,11 +82,8 @@ def soup(models: Iterable[PyTree], weights: Iterable[float] | None = None) -> Py
         number += 1
         del model
     if shares is not None and number != len(shares):
-        raise ValueError(
-            f"soup: weights has {len(shares)} numbers, but there are {number} models; "
-            "pass one for each, or None for all alike"
-        )
-    return _cast(total if shares is not None else state.avg_params, dtypes)
+        raise ValueError(_unequal(len(shares), number))
+    return total if shares is not None else state.avg_params, dtypes
 
 
 def greedy_soup(
@@ -233,6 +237,22 @@ def _check_alike(caller: str, number: int, model: PyTree, like: PyTree) -> None:
         name=f"models[{number}]",
         other="the first model",
         fix=fix,
+    )
+
+
+def check_shares(weights: Iterable[float], number: int) -> list[float]:
+    """Returns weights of so many models, or raises."""
+    numbers = [float(weight) for weight in weights]
+    _shares(numbers)
+    if len(numbers) != number:
+        raise ValueError(_unequal(len(numbers), number))
+    return numbers
+
+
+def _unequal(weights: int, models: int) -> str:
+    return (
+        f"soup: weights has {weights} numbers, but there are {models} models; pass one "
+        "for each, or None for all alike"
     )
 
 

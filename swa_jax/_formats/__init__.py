@@ -1,0 +1,31 @@
+"""Checkpoints on disk, as named tensors that are read and written piece by piece."""
+
+import pathlib
+
+from swa_jax._formats._safetensors import INDEX, SafetensorsFile, SafetensorsShards
+from swa_jax._formats._tensors import Checkpoint as Checkpoint
+from swa_jax._formats._tensors import Spec as Spec
+from swa_jax._formats._tensors import Writer as Writer
+from swa_jax.errors import CheckpointError
+
+
+def open_checkpoint(path: pathlib.Path) -> Checkpoint:
+    """Opens a checkpoint, whatever its kind.
+
+    Raises:
+      FileNotFoundError: there is nothing at ``path``.
+      CheckpointError: what is there is no checkpoint, or a damaged one.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or directory")
+    if path.is_file():
+        return SafetensorsFile(path)
+    if (path / INDEX).is_file():
+        return SafetensorsShards(path)
+    alone = path / "model.safetensors"
+    if alone.is_file():
+        return SafetensorsFile(alone)
+    raise CheckpointError(
+        f"{path}: a directory without model.safetensors or {INDEX}; name a safetensors "
+        "file, or a directory as Hugging Face's save_pretrained writes it"
+    )
