@@ -13,6 +13,7 @@ import tyro
 from experiments.benchmark.alone import bandwidth, profile
 from experiments.benchmark.averages import averages
 from experiments.benchmark.batch_norm import batch_norm_pass
+from experiments.benchmark.checkpoints import checkpoints
 from experiments.benchmark.importing import import_time
 from experiments.benchmark.measuring import Line, Options, jax_threads
 from experiments.benchmark.peers import peers
@@ -27,10 +28,11 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "e": compile_time,
     "f": import_time,
     "g": averages,
+    "h": checkpoints,
     "p": profile,
 }
-#: What runs unless something else was asked for.
-_USUAL = tuple(letter for letter in SECTIONS if letter != "p")
+#: What runs unless something else was asked for: h needs 12 GB of disk, p is a profile.
+_USUAL = tuple(letter for letter in SECTIONS if letter not in "hp")
 
 
 def machine() -> str:

@@ -25,8 +25,14 @@ class Options:
     image_size: int = 64
     """Their height and width."""
 
-    only: tuple[Literal["a", "b", "c", "d", "e", "f", "g", "p"], ...] = ()
-    """Sections to run, by letter. Empty: all but p, the profile."""
+    only: tuple[Literal["a", "b", "c", "d", "e", "f", "g", "h", "p"], ...] = ()
+    """Sections to run, by letter. Empty: all but h (12 GB of disk) and p."""
+
+    checkpoint_bytes: int = 2_000_000_000
+    """Size of each of the four checkpoints of section h."""
+
+    scratch: pathlib.Path | None = None
+    """Where section h puts them. None: the system's directory for temporary files."""
 
     output: pathlib.Path | None = None
     """JSON file for the results."""

@@ -17,6 +17,7 @@ from experiments.benchmark import (
     alone,
     averages,
     batch_norm,
+    checkpoints,
     measuring,
     peers,
     training,
@@ -240,3 +241,11 @@ def test_peers_of_ema_run_where_they_are_installed():
     for _, update in found:
         update()
     assert any("flax" in name for name, _ in found) == hasattr(nnx, "EMA")
+
+
+def test_checkpoints_are_measured_and_removed(tmp_path):
+    options = Options(rounds=2, checkpoint_bytes=6_400, scratch=tmp_path)
+    [line] = checkpoints.checkpoints(options)
+    assert line.ratio > 0
+    assert "peak of memory" in line.note
+    assert not list(tmp_path.iterdir())
