@@ -169,7 +169,7 @@ def one_layer(factors, batch_stats, batch):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    momentum=st.floats(0, 0.996),
+    momentum=st.floats(0, 0.996, allow_subnormal=False),
     magnitude=st.integers(-6, 6),
     sizes=st.lists(st.sampled_from([1, 2, 5]), min_size=1, max_size=5),
     mode=st.sampled_from(MODES),
