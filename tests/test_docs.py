@@ -13,6 +13,7 @@ import pytest
 import swa_jax
 from experiments import precision, results
 from experiments.configs import EXPERIMENTS
+from tests.swa_jax.transformations import bits
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -36,6 +37,7 @@ def test_every_page_with_examples_is_run_here():
     pages = {page for page in PAGES if examples(page)}
     assert pages == {
         "averages.md",
+        "evaluation.md",
         "coming-from-pytorch.md",
         "how-to-choose.md",
         "published-method.md",
@@ -97,6 +99,22 @@ def test_effective_windows_are_those_of_the_averages():
         count = int(n.replace(",", ""))
         found = [swa_jax.effective_window(eval(call, names), count) for call in calls]
         assert " | ".join(f"{window:.1f}" for window in found) == figures
+
+
+# evaluation.md
+
+
+def test_evaluation_leaves_training_as_it_is(tmp_path):
+    page = run("evaluation.md")
+    state, best = page["state"], page["best"]
+    assert 0.85 < page["evaluate"](best["params"], best["batch_stats"]) < 1
+    alone, _ = page["run"](12, evaluating=False)
+    assert bits(alone) == bits(state)
+    # Stopped in between, and gone on with from the raw weights.
+    page["run"](6, tmp_path)
+    resumed, best_of_both = page["run"](12, tmp_path)
+    assert bits(resumed) == bits(state)
+    assert bits(best_of_both) == bits(best)
 
 
 # how-to-choose.md
