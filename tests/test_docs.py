@@ -41,6 +41,7 @@ def test_every_page_with_examples_is_run_here():
         "coming-from-pytorch.md",
         "how-to-choose.md",
         "published-method.md",
+        "training-loops.md",
     }
 
 
@@ -115,6 +116,26 @@ def test_evaluation_leaves_training_as_it_is(tmp_path):
     resumed, best_of_both = page["run"](12, tmp_path)
     assert bits(resumed) == bits(state)
     assert bits(best_of_both) == bits(best)
+
+
+# training-loops.md
+
+
+def test_every_loop_trains():
+    page = run("training-loops.md")
+    assert set(page["results"]) == {
+        "beside the optimizer",
+        "the first of four seeds",
+        "TrainState",
+        "pmap",
+    }
+    for name, accuracy in page["results"].items():
+        assert 0.8 < accuracy < 1, name
+    assert int(page["count"]) == 0
+    assert np.ptp(page["everywhere"]["w"], axis=0).max() == 0
+    # One with the devices' axis, one without: told, not guessed.
+    with pytest.raises(ValueError, match=r"of shape \(64, 10\) opt_state holds"):
+        swa_jax.swa_params(page["opt_state"], page["first"](page["p"]))
 
 
 # how-to-choose.md
