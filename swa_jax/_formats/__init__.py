@@ -2,6 +2,7 @@
 
 import pathlib
 
+from swa_jax._formats._orbax import OrbaxStep, find_step
 from swa_jax._formats._safetensors import INDEX, SafetensorsFile, SafetensorsShards
 from swa_jax._formats._tensors import Checkpoint as Checkpoint
 from swa_jax._formats._tensors import Spec as Spec
@@ -25,7 +26,11 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     alone = path / "model.safetensors"
     if alone.is_file():
         return SafetensorsFile(alone)
+    step = find_step(path)
+    if step is not None:
+        return OrbaxStep(path, step)
     raise CheckpointError(
-        f"{path}: a directory without model.safetensors or {INDEX}; name a safetensors "
-        "file, or a directory as Hugging Face's save_pretrained writes it"
+        f"{path}: a directory without model.safetensors, {INDEX} or an Orbax "
+        "checkpoint; name a safetensors file, a directory as Hugging Face's "
+        "save_pretrained writes it, or an Orbax step or CheckpointManager's root"
     )

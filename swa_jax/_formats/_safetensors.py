@@ -40,6 +40,8 @@ _CODES = {name: code for code, name in _DTYPES.items()}
 class SafetensorsFile:
     """One file."""
 
+    in_pieces = True
+
     def __init__(self, path: pathlib.Path) -> None:
         """Opens it, and reads and checks its header."""
         self.path = path
@@ -74,6 +76,8 @@ class SafetensorsFile:
 
 class SafetensorsShards:
     """A directory with Hugging Face's index, and the files that it names."""
+
+    in_pieces = True
 
     def __init__(self, path: pathlib.Path) -> None:
         """Opens all of them."""

@@ -35,10 +35,12 @@ class Checkpoint(Protocol):
     Attributes:
       path: as the caller gave it, for messages.
       tensors: what it holds, by name, in the order of the file.
+      in_pieces: whether parts of a tensor can be read alone; else ``read`` reads all.
     """
 
     path: pathlib.Path
     tensors: dict[str, Spec]
+    in_pieces: bool
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements ``start`` to ``stop`` of a tensor in C order, of shape (n,)."""

@@ -37,7 +37,10 @@ def average_checkpoints(
     (counters, masks) are those of the last checkpoint.
 
     Formats: safetensors, a file or a directory with ``model.safetensors`` or with
-    Hugging Face's shards and index. The output is of the first one's kind.
+    Hugging Face's shards and index; Orbax, a step's directory or the root of a
+    ``CheckpointManager``, whose latest step is taken (extra ``checkpoints``; tensors
+    are read whole, one at a time, and the output waits on disk twice until it is
+    written). The output is of the first one's kind.
 
     Args:
       paths: the checkpoints, alike in their tensors.
@@ -61,6 +64,7 @@ def average_checkpoints(
       FileNotFoundError: there is nothing at one of ``paths``.
       OSError: the disk has no room, or a file cannot be read.
       ValueError: no path, or ``weights`` that do not fit, see ``soup``.
+      ImportError: an Orbax checkpoint without ``orbax-checkpoint``.
       TypeError: a single path, or ``dtype`` is no floating dtype.
 
     Example:
@@ -190,6 +194,8 @@ def _averaged(
 ) -> Iterator[np.ndarray]:
     """The pieces of one tensor."""
     step = max(1, _BLOCK // max(spec.dtype.itemsize, 4))
+    if not all(checkpoint.in_pieces for checkpoint in checkpoints):
+        step = max(spec.size, 1)
     for start in range(0, spec.size, step):
         stop = min(start + step, spec.size)
         if not is_averaged(spec.dtype):
@@ -208,8 +214,11 @@ def _mean(
     stop: int,
     weights: Sequence[float] | None,
 ) -> np.ndarray:
-    # Few sizes, for each is compiled: powers of two, filled up with zeros.
-    size = 1 << max(stop - start - 1, 0).bit_length()
+    # Few sizes, for each is compiled: powers of two, filled up with zeros. Not of what
+    # is large, and read as a whole.
+    size = stop - start
+    if size <= _BLOCK:
+        size = 1 << (size - 1).bit_length()
 
     def pieces() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors
 import safetensors.numpy
@@ -362,6 +364,76 @@ def test_drafts_with_a_name_leave_no_trace_either(tmp_path, monkeypatch):
     shutil.copy(paths[0], paths[1])
     swa_jax.average_checkpoints(paths, out)
     assert sorted(tmp_path.iterdir()) == sorted([*paths, out])
+
+
+# Orbax.
+
+
+def tree(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "params": {"dense": {"w": rng.normal(size=(3, 2)).astype(np.float32)}},
+        "list": [
+            np.full(2, seed, ml_dtypes.bfloat16),
+            np.arange(seed, seed + 2, dtype=np.int32),
+        ],
+        "step": np.asarray(seed, np.int32),
+    }
+
+
+def orbax(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree(seed))
+    return folder
+
+
+def assert_orbax(path: pathlib.Path, seeds: list[int], weights=None) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(path)
+    expected = swa_jax.soup([tree(seed) for seed in seeds], weights)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert bits(found) == bits(expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax's, of devices that it was not told
+@pytest.mark.parametrize("weights", [None, [3, 1, -1]], ids=str)
+def test_orbax(tmp_path, weights):
+    paths = [orbax(tmp_path / str(i), i) for i in (1, 2, 3)]
+    out = swa_jax.average_checkpoints(paths, tmp_path / "mean", weights=weights)
+    assert_orbax(out, [1, 2, 3], weights)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3", "mean"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_orbax_manager_and_its_steps(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in (2, 9, 10):
+            manager.save(step, args=ocp.args.StandardSave(tree(step)))
+        manager.wait_until_finished()
+    root = tmp_path / "run"
+    assert_orbax(swa_jax.average_checkpoints([root], tmp_path / "a"), [10])
+    paths = [root / "2", root / "9" / "default"]
+    assert_orbax(swa_jax.average_checkpoints(paths, tmp_path / "b"), [2, 9])
+    assert run(tmp_path / "c", root, "--last", 2) == 0
+    assert_orbax(tmp_path / "c", [9, 10])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_orbax_of_other_models(tmp_path):
+    first = orbax(tmp_path / "1", 1)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "2", {**tree(2), "more": np.zeros(2)})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(swa_jax.CheckpointError, match="2: has the tensor 'more'"):
+        swa_jax.average_checkpoints([first, tmp_path / "2"], tmp_path / "out")
+    (tmp_path / "2" / "_METADATA").write_text("{")
+    with pytest.raises(swa_jax.CheckpointError, match="2: no whole Orbax checkpoint"):
+        swa_jax.average_checkpoints([first, tmp_path / "2"], tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    keys = lambda name: name.startswith("params")  # noqa: E731
+    out = swa_jax.average_checkpoints([first], tmp_path / "part", keys=keys)
+    with ocp.StandardCheckpointer() as checkpointer:
+        assert bits(checkpointer.restore(out)) == bits(tree(1)["params"])
 
 
 # The command.
