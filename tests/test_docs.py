@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import swa_jax
+import swa_jax.frameworks  # names of its modules are in the pages
 from experiments import precision, results
 from experiments.configs import EXPERIMENTS
 
@@ -37,6 +38,7 @@ def test_every_page_with_examples_is_run_here():
     assert pages == {
         "averages.md",
         "coming-from-pytorch.md",
+        "frameworks.md",
         "how-to-choose.md",
         "published-method.md",
     }
@@ -97,6 +99,16 @@ def test_effective_windows_are_those_of_the_averages():
         count = int(n.replace(",", ""))
         found = [swa_jax.effective_window(eval(call, names), count) for call in calls]
         assert " | ".join(f"{window:.1f}" for window in found) == figures
+
+
+# frameworks.md
+
+
+def test_every_framework_trains():
+    results = run("frameworks.md")["results"]
+    assert set(results) == {"nnx", "linen", "equinox", "haiku", "keras"}
+    for name, accuracy in results.items():
+        assert 0.85 < accuracy < 1, name
 
 
 # how-to-choose.md
