@@ -41,7 +41,7 @@ def make(rate=0.0, *, norms=True):
     model = keras.Sequential(layers, name="net")
     rng = np.random.default_rng(5)
     for v in model.trainable_variables:
-        v.assign(v.numpy() + 0.3 * rng.normal(size=v.shape))
+        v.assign(np.array(v.value) + 0.3 * rng.normal(size=v.shape))
     return model
 
 
@@ -52,7 +52,7 @@ def compiled(model, learning_rate=0.1, **options):
 
 
 def numpy(variables) -> list[np.ndarray]:
-    return [np.array(v) for v in variables]
+    return [np.array(getattr(v, "value", v)) for v in variables]
 
 
 def bits(variables) -> list[bytes]:
@@ -60,12 +60,12 @@ def bits(variables) -> list[bytes]:
 
 
 def weights(layer):
-    return [np.array(v) for v in layer.trainable_variables]
+    return numpy(layer.trainable_variables)
 
 
 def statistics(model, name):
     layer = model.get_layer(name)
-    return np.array(layer.moving_mean), np.array(layer.moving_variance)
+    return tuple(numpy([layer.moving_mean, layer.moving_variance]))
 
 
 def assert_net(model, batches=BATCHES):
@@ -126,7 +126,7 @@ def test_functional_model_with_two_inputs_and_shared_layers():
     kernel, bias = map(f64, weights(dense))
     for norm, factor in zip(norms, (1, 2), strict=True):
         rows = factor * f64(X) @ kernel + bias
-        found = np.array(norm.moving_mean), np.array(norm.moving_variance)
+        found = numpy([norm.moving_mean, norm.moving_variance])
         assert_statistics(found, (rows.mean(0), rows.var(0)))
 
 
@@ -275,7 +275,7 @@ def test_batch_stats_of_the_average():
     assert_close(numpy(model.trainable_variables), mean_of(history.models))
     assert_net(model)
     # Validation had statistics of the averaged weights as well: the last are these.
-    assert_close(history.validated[-1], [f64(v) for v in model.weights])
+    assert_close(history.validated[-1], [f64(v.value) for v in model.weights])
 
 
 def test_leaves_the_model_alone_if_nothing_was_averaged():
