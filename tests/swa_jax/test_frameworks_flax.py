@@ -431,7 +431,7 @@ def test_nnx_scan_over_layers():
     class Scanned(nnx.Module):
         def __init__(self, rngs):
             make = nnx.vmap(Block, in_axes=0, out_axes=0)
-            self.blocks = make(rngs.fork(split=3))
+            self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
 
         def __call__(self, x):
             return nnx.scan(
