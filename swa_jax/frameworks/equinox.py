@@ -91,7 +91,7 @@ def recompute_batch_stats(
             f"{type(forward).__name__}"
         )
     model = eqx.nn.inference_mode(model, value=False)
-    norms = {_index_of(norm).marker: norm for norm in _nodes(model, BatchNorm)}
+    norms = {_indices(norm)[0].marker: norm for norm in _nodes(model, BatchNorm)}
     spectral = {x.uv_index.marker: x for x in _nodes(model, SpectralNorm)}
     names = _names(model, norms)
     others = {
@@ -116,7 +116,7 @@ def recompute_batch_stats(
     def read(state: State, *, debiased: bool = False) -> PyTree:
         found: dict[str, Any] = {}
         for marker, norm in norms.items():
-            mean, var = state.get(_index_of(norm))
+            mean, var = state.get(_indices(norm)[0])
             if debiased and norm.mode == "batch":
                 scale = _debiasing(norm, state)
                 mean, var = mean / scale, var / scale
@@ -163,8 +163,11 @@ def _nodes(tree: PyTree, kind: type[_Node]) -> list[_Node]:
     return [x for x in leaves if isinstance(x, kind)]
 
 
-def _index_of(norm: BatchNorm) -> StateIndex:
-    return norm.ema_state_index if norm.mode == "ema" else norm.batch_state_index
+def _indices(norm: BatchNorm) -> tuple[Any, Any]:
+    """Of its statistics, and of its first time (mode "ema") or counter."""
+    if norm.mode == "ema":
+        return norm.ema_state_index, norm.ema_first_time_index
+    return norm.batch_state_index, norm.batch_counter
 
 
 def _markers(norms: Mapping[Any, BatchNorm]) -> set[Any]:
@@ -195,22 +198,21 @@ def _set_norm(
     norm: BatchNorm, state: State, mean: jax.Array, var: jax.Array, done: bool
 ) -> State:
     """Puts statistics into the state, to run the pass from, or to be read."""
+    statistics, flag_or_counter = _indices(norm)
+    counter = state.get(flag_or_counter)
     if norm.mode == "ema":
         # The first time it normalises by the batch, and stores that as it is.
-        first = jnp.full_like(state.get(norm.ema_first_time_index), not done)
-        state = state.set(norm.ema_first_time_index, first)
-        return state.set(norm.ema_state_index, (mean, var))
-    if done:
-        counter = state.get(norm.batch_counter)
+        state = state.set(flag_or_counter, jnp.full_like(counter, not done))
+    elif done:
         least, scale = _counter_without_bias(norm.momentum, float(jnp.finfo(var).eps))
-        state = state.set(norm.batch_counter, jnp.maximum(counter, least))
+        state = state.set(flag_or_counter, jnp.maximum(counter, least))
         mean, var = mean * scale, var * scale
-    return state.set(norm.batch_state_index, (mean, var))
+    return state.set(statistics, (mean, var))
 
 
 def _debiasing(norm: BatchNorm, state: State) -> jax.Array:
     """What inference divides by in mode "batch", for each statistic."""
-    counter = state.get(norm.batch_counter)
+    counter = state.get(_indices(norm)[1])
     scale = jnp.where(counter == 0, 1, 1 - norm.momentum**counter)
     return scale[..., None]  # of a stack of layers, too
 

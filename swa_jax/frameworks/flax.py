@@ -210,7 +210,7 @@ def _spectral_norms(model: nnx.Module) -> list[tuple[Any, ...]]:
     kind = getattr(nnx, "SpectralNorm", None)
     if kind is None:
         return []
-    nodes = nnx.iter_graph(model)
+    nodes: Any = nnx.iter_graph(model)
     return [(*path, "batch_stats") for path, node in nodes if isinstance(node, kind)]
 
 

@@ -65,6 +65,21 @@ def recompute_batch_stats(
       ValueError: ``apply`` returns no state; an average without zero-debiasing, which
         does not tell what a batch contributed; see ``swa_jax.recompute_batch_stats``
         for the rest.
+
+    Example:
+      >>> import haiku as hk, jax, jax.numpy as jnp
+      >>> def network(x, is_training):
+      ...     return hk.BatchNorm(True, True, 0.99)(x, is_training)
+      >>> model = hk.transform_with_state(network)
+      >>> batches = [jnp.arange(4.0)[:, None], jnp.array([[10.0], [14.0]])]
+      >>> params, state = model.init(jax.random.key(0), batches[0], True)
+      >>> def apply(params, state, x):
+      ...     return model.apply(params, state, None, x, True)
+      >>> state = recompute_batch_stats(apply, params, state, batches)
+      >>> for name in ("mean_ema", "var_ema"):
+      ...     print(f"{state[f'batch_norm/~/{name}']['average'].item():.2f}")
+      5.00
+      26.67
     """
     if not callable(apply):
         raise TypeError(

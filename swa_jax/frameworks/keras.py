@@ -1,15 +1,19 @@
 """Batch statistics of Keras's models, and a callback that averages their weights.
 
 For Keras 3 on JAX: set ``KERAS_BACKEND=jax`` in the environment before the first import
-of ``keras``.
+of ``keras``, or import this module first.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # read by Keras once, and kept
+
 import keras
 import numpy as np
 import optax
@@ -66,6 +70,15 @@ def recompute_batch_stats(
       TypeError: ``model`` is no Keras model; ``inputs`` is none of the above.
       ValueError: a model that is not built, has no moving statistics, or has
         ``SpectralNormalization``; see ``swa_jax.recompute_batch_stats`` for the rest.
+
+    Example:
+      >>> import jax.numpy as jnp, keras
+      >>> norm = keras.layers.BatchNormalization()
+      >>> model = keras.Sequential([keras.Input((1,)), norm])
+      >>> batches = [jnp.arange(4.0)[:, None], jnp.array([[10.0], [14.0]])]
+      >>> recompute_batch_stats(model, batches)
+      >>> print(f"{norm.moving_mean[0]:.2f} {norm.moving_variance[0]:.2f}")
+      5.00 26.67
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -180,6 +193,17 @@ class AverageWeights(keras.callbacks.Callback):
 
     Attributes:
       state: of the average, ``None`` before training; see ``swa_jax.averaged_params``.
+
+    Example:
+      >>> import keras, numpy as np, swa_jax
+      >>> dense = keras.layers.Dense(1, use_bias=False)
+      >>> model = keras.Sequential([keras.Input((1,)), dense])
+      >>> model.compile("sgd", "mse")
+      >>> averaging = AverageWeights(swa_jax.ema(0.9), leave_averaged=True)
+      >>> x, y = np.ones((8, 1)), np.zeros((8, 1))
+      >>> history = model.fit(x, y, 2, callbacks=[averaging], verbose=0)
+      >>> averaging.num_averaged
+      4
     """
 
     def __init__(

@@ -108,7 +108,7 @@ def test_statistics_of_both_modes(mode, steps):
     given = state
     recomputed = frameworks.recompute_batch_stats(model, state, BATCHES, forward)
     assert_net(model, recomputed)
-    given.get(frameworks._index_of(model.norm_0))  # it is still valid
+    given.get(frameworks._indices(model.norm_0)[0])  # it is still valid
     # Inference normalises by them.
     norm = eqx.nn.inference_mode(model.norm_0)
     out, _ = norm(jnp.asarray(expected_of(model)[0][0], jnp.float32), recomputed)
@@ -146,6 +146,19 @@ def test_model_in_inference_mode(mode):
     recomputed = frameworks.recompute_batch_stats(evaluated, state, BATCHES, forward)
     assert_net(model, recomputed)
     assert evaluated.norm_0.inference
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keep_means_what_inference_reads(mode):
+    model, state = make(Net, jax.random.key(0), mode)
+    for _ in range(3):
+        _, state = forward(model, state, BATCHES[0])
+    kept = frameworks.recompute_batch_stats(
+        model, state, BATCHES, forward, keep=".norm_1"
+    )
+    before, after = (read(model.norm_1, each) for each in (state, kept))
+    assert_statistics(after, map(f64, before))
+    assert_statistics(read(model.norm_0, kept), expected_of(model)[0])
 
 
 class Spectral(eqx.Module):
