@@ -175,7 +175,8 @@ def recompute_batch_stats(
 
     is_statistic = nnx.All(nnx.BatchStat, _not_under(_spectral_norms(model)))
     # The counts go on from batch to batch, so that each draws otherwise.
-    graphdef, stats, rest = nnx.split(model, nnx.Any(is_statistic, nnx.RngCount), ...)
+    parts: Any = nnx.split(model, nnx.Any(is_statistic, nnx.RngCount), ...)
+    graphdef, stats, rest = parts
     if not nnx.to_flat_state(nnx.filter_state(stats, nnx.BatchStat)):
         raise ValueError(
             f"model, a {type(model).__name__}, has no nnx.BatchStat to recompute; it "
