@@ -1,13 +1,8 @@
 """Which part of a batch a model is called with."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
-from swa_jax.typing import PyTree
-
-#: The key or index of a model's input in a batch, or a function from the batch to the
-#: input, a tuple of it being several arguments. ``None`` for the batch itself.
-Inputs: TypeAlias = str | int | Callable[[PyTree], Any] | None
+from swa_jax.typing import Inputs, PyTree
 
 
 def check_inputs(inputs: Any) -> None:

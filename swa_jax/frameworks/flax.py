@@ -8,8 +8,8 @@ from flax import nnx
 
 import swa_jax
 from swa_jax.batch_stats._pass import Mode
-from swa_jax.frameworks._inputs import Inputs, arguments_of, check_inputs
-from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
+from swa_jax.frameworks._inputs import arguments_of, check_inputs
+from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
 
 
 def batch_stats_fn(

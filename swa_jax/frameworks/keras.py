@@ -4,6 +4,7 @@ For Keras 3 on JAX: set ``KERAS_BACKEND=jax`` in the environment before the firs
 of ``keras``, or import this module first.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +22,8 @@ import optax
 import swa_jax
 from swa_jax.batch_stats._batches import check_batches
 from swa_jax.batch_stats._pass import Mode
-from swa_jax.frameworks._inputs import Inputs, arguments_of, check_inputs
-from swa_jax.typing import BatchWeight, Keep, PyTree
+from swa_jax.frameworks._inputs import arguments_of, check_inputs
+from swa_jax.typing import BatchWeight, Inputs, Keep, PyTree
 
 if keras.backend.backend() != "jax":
     raise ImportError(
@@ -68,8 +69,9 @@ def recompute_batch_stats(
 
     Raises:
       TypeError: ``model`` is no Keras model; ``inputs`` is none of the above.
-      ValueError: a model that is not built, has no moving statistics, or has
-        ``SpectralNormalization``; see ``swa_jax.recompute_batch_stats`` for the rest.
+      ValueError: a model that is not built, has no moving statistics, has
+        ``SpectralNormalization``, or whose ``call`` has no argument ``training``; see
+        ``swa_jax.recompute_batch_stats`` for the rest.
 
     Example:
       >>> import jax.numpy as jnp, keras
@@ -89,6 +91,12 @@ def recompute_batch_stats(
         raise ValueError(
             f"model {model.name!r} is not built, so it has no weights yet; call it on "
             "a batch, or load its weights"
+        )
+    if "training" not in inspect.signature(model.call).parameters:
+        raise ValueError(
+            f"model {model.name!r} has a call without the argument training, so its "
+            "layers run in inference, in fit as well; write call(self, inputs, "
+            "training=None) and hand training on to BatchNormalization"
         )
     check_inputs(inputs)
     check_batches(batches)

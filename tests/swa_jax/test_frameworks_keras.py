@@ -130,6 +130,35 @@ def test_functional_model_with_two_inputs_and_shared_layers():
         assert_statistics(found, (rows.mean(0), rows.var(0)))
 
 
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return self.norm(self.dense(x), training=training)
+
+
+class WithoutTraining(Subclassed):
+    def call(self, x):
+        return self.norm(self.dense(x))
+
+
+def test_subclassed_models():
+    model = Subclassed()
+    model(BATCHES[0])
+    frameworks.recompute_batch_stats(model, BATCHES)
+    kernel, bias = map(f64, weights(model.dense))
+    rows = f64(X) @ kernel + bias
+    found = numpy([model.norm.moving_mean, model.norm.moving_variance])
+    assert_statistics(found, (rows.mean(0), rows.var(0)))
+    model = WithoutTraining()
+    model(BATCHES[0])
+    with pytest.raises(ValueError, match=r"call without the argument training, so"):
+        frameworks.recompute_batch_stats(model, BATCHES)
+
+
 def test_frozen_layers_and_keep():
     model = make()
     model.get_layer("norm_1").trainable = False
