@@ -107,8 +107,10 @@ def make(module, *arguments, **options):
     return perturbed(made["params"]), made["batch_stats"]
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("inputs", [None, "image", lambda batch: batch["image"]])
+@pytest.mark.parametrize(
+    ("remat", "inputs"),
+    [(False, None), (True, "image"), (False, lambda batch: batch["image"])],
+)
 def test_linen(remat, inputs):
     net = Net(remat)
     params, stats = make(net, True)
@@ -336,8 +338,7 @@ def assert_nnx_net(model):
     assert_net(stats, params)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("remat", "mode"), [(False, "eval"), (True, "train")])
 def test_nnx(remat, mode):
     model = perturb(NNXNet(nnx.Rngs(0), remat=remat))
     getattr(model, mode)()

@@ -301,6 +301,7 @@ def test_batch_stats_of_the_average():
     )
     model = compiled(make())
     fit(model, [averaging, history], validation_data=(X, Y))
+    averaging.restore()  # as a next fit does: there is nothing to go back to
     assert_close(numpy(model.trainable_variables), mean_of(history.models))
     assert_net(model)
     # Validation had statistics of the averaged weights as well: the last are these.
