@@ -23,7 +23,7 @@ import swa_jax
 from swa_jax.batch_stats._batches import check_batches
 from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._inputs import arguments_of, check_inputs
-from swa_jax.typing import BatchWeight, Inputs, Keep, PyTree
+from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
 
 if keras.backend.backend() != "jax":
     raise ImportError(
@@ -82,6 +82,22 @@ def recompute_batch_stats(
       >>> print(f"{norm.moving_mean[0]:.2f} {norm.moving_variance[0]:.2f}")
       5.00 26.67
     """
+    _check_model(model)
+    check_inputs(inputs)
+    check_batches(batches)
+    _recompute(
+        model,
+        batches,
+        _training_pass(model, inputs),
+        mode=mode,
+        keep=keep,
+        pairs=pairs,
+        batch_weight=batch_weight,
+    )
+
+
+def _check_model(model: Any) -> None:
+    """Raises unless statistics of the model can be recomputed."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"model must be a keras.Model, got {type(model).__name__}; pass the model "
@@ -98,10 +114,7 @@ def recompute_batch_stats(
             "layers run in inference, in fit as well; write call(self, inputs, "
             "training=None) and hand training on to BatchNormalization"
         )
-    check_inputs(inputs)
-    check_batches(batches)
-    variables = model.non_trainable_variables
-    for variable in variables:
+    for variable in model.non_trainable_variables:
         if variable.name == "vector_u":
             raise ValueError(
                 f"model has SpectralNormalization, {variable.path!r}, which normalises "
@@ -109,53 +122,63 @@ def recompute_batch_stats(
                 "mode would not fit inference; build the model for inference from the "
                 "layers that it wraps, with weights divided by their norms"
             )
-    places = _statistics(variables)
-    if not places:
+    if not _statistics(model.non_trainable_variables):
         raise ValueError(
             f"model {model.name!r} has no moving statistics, such as those of "
             "BatchNormalization, to recompute; it needs no pass"
         )
-    # Seeds go on from batch to batch, so that each draws otherwise.
-    counters = {
-        i: v.value
-        for i, v in enumerate(variables)
-        if not jnp.issubdtype(v.value.dtype, jnp.inexact)
-    }
-    stats = {
-        layer: {name: variables[i].value for name, i in names.items()}
-        for layer, names in places.items()
-    }
+
+
+def _recompute(
+    model: keras.Model, batches: Iterable[PyTree], run: BatchStatsFn, **options: Any
+) -> None:
+    variables = model.non_trainable_variables
+    values = [v.value for v in variables]
+    recomputed = swa_jax.recompute_batch_stats(
+        run,
+        ([v.value for v in model.trainable_variables], values),
+        _state_of(variables, values),
+        map(_as_arrays, batches),
+        **options,
+    )
+    for layer, names in _statistics(variables).items():
+        for name, i in names.items():
+            variables[i].assign(recomputed[layer][name])
+
+
+def _training_pass(model: keras.Model, inputs: Inputs) -> BatchStatsFn:
+    """From the values of all variables, and what ``_state_of`` made of them before."""
 
     def run(params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
         trainable, others = params
+        variables = model.non_trainable_variables
         filled = list(others)
         for i, value in state[_COUNTERS].items():
             filled[i] = value
-        for layer, names in places.items():
+        for layer, names in _statistics(variables).items():
             for name, i in names.items():
                 filled[i] = state[layer][name]
         _, new = model.stateless_call(
             trainable, filled, *_arguments(batch, inputs), training=True
         )
-        found = {
-            layer: {name: new[i] for name, i in names.items()}
-            for layer, names in places.items()
-        }
-        return {**found, _COUNTERS: {i: new[i] for i in counters}}
+        return _state_of(variables, new)
 
-    recomputed = swa_jax.recompute_batch_stats(
-        run,
-        ([v.value for v in model.trainable_variables], [v.value for v in variables]),
-        {**stats, _COUNTERS: counters},
-        map(_as_arrays, batches),
-        mode=mode,
-        keep=keep,
-        pairs=pairs,
-        batch_weight=batch_weight,
-    )
-    for layer, names in places.items():
-        for name, i in names.items():
-            variables[i].assign(recomputed[layer][name])
+    return run
+
+
+def _state_of(variables: list[Any], values: list[Any]) -> dict[str, dict[Any, Any]]:
+    """Running statistics by layer and name, and all integers by their places."""
+    # Seeds go on from batch to batch, so that each draws otherwise.
+    counters = {
+        i: value
+        for i, value in enumerate(values)
+        if not jnp.issubdtype(value.dtype, jnp.inexact)
+    }
+    statistics: dict[str, dict[Any, Any]] = {
+        layer: {name: values[i] for name, i in names.items()}
+        for layer, names in _statistics(variables).items()
+    }
+    return {**statistics, _COUNTERS: counters}
 
 
 def _statistics(variables: list[Any]) -> dict[str, dict[str, int]]:
@@ -249,6 +272,7 @@ class AverageWeights(keras.callbacks.Callback):
         self.state: Any = None
         self._trained: list[tuple[Any, jax.Array]] = []  # variables and values
         self._updates = 0
+        self._pass: tuple[keras.Model, BatchStatsFn] | None = None
 
     @property
     def num_averaged(self) -> int:
@@ -328,11 +352,19 @@ class AverageWeights(keras.callbacks.Callback):
             for variable, value in pairs:
                 variable.assign(value)
             if self.batches is not None:
-                batches = self.batches() if callable(self.batches) else self.batches
-                recompute_batch_stats(model, batches)
+                self._recompute(model)
         except BaseException:
             self.restore()
             raise
+
+    def _recompute(self, model: keras.Model) -> None:
+        batches: Any = self.batches() if callable(self.batches) else self.batches
+        if self._pass is None or self._pass[0] is not model:
+            _check_model(model)
+            # Kept, since what is compiled for it lives as long as it does.
+            self._pass = model, _training_pass(model, None)
+        check_batches(batches)
+        _recompute(model, batches, self._pass[1])
 
     def restore(self) -> None:
         """Puts training's own weights back, after a validation that failed."""

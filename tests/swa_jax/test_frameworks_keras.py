@@ -269,11 +269,11 @@ def test_validation_sees_the_average_and_training_is_not_disturbed():
         compiled(make(rate=0.5), momentum=0.9),
     )
     keras.utils.set_random_seed(3)
-    fit(plain, [], **data)
+    fit(plain, [], epochs=2, **data)
     keras.utils.set_random_seed(3)
     history = History()
     averaging = frameworks.AverageWeights(swa_jax.swa(STEPS + 1), batches=BATCHES)
-    result = fit(model, [averaging, history], **data)
+    result = fit(model, [averaging, history], epochs=2, **data)
     assert bits(model.weights) == bits(plain.weights)
     assert bits(model.optimizer.variables) == bits(plain.optimizer.variables)
     trainable = {id(v) for v in model.trainable_variables}
@@ -281,18 +281,14 @@ def test_validation_sees_the_average_and_training_is_not_disturbed():
     seen = [[each[i] for i in places] for each in history.validated]
     # Nothing was averaged in the first epoch.
     assert_close(seen[0], [f64(x) for x in history.models[STEPS - 1]])
-    assert_close(seen[1], mean_of(history.models[STEPS : 2 * STEPS]))
-    assert_close(seen[2], mean_of(history.models[STEPS:]))
+    assert_close(seen[1], mean_of(history.models[STEPS:]))
     # And val_loss is theirs.
-    own = [v.value for v in model.trainable_variables]
     averaged = averaging.averaged_weights()
     for v, value in zip(model.trainable_variables, averaged, strict=True):
         v.assign(value)
     frameworks.recompute_batch_stats(model, BATCHES)
     loss = model.evaluate(X, Y, batch_size=64, verbose=0)
     np.testing.assert_allclose(loss, result.history["val_loss"][-1], rtol=1e-5)
-    for v, value in zip(model.trainable_variables, own, strict=True):
-        v.assign(value)
 
 
 def test_batch_stats_of_the_average():
