@@ -75,7 +75,7 @@ def assert_net(state, params, batches=BATCHES):
 
 
 @pytest.mark.parametrize(
-    ("decay", "steps"), [(0.9, 0), (0.9, 1), (0.99, 100), (0.999, 3), (0.9999, 1)]
+    ("decay", "steps"), [(0.9, 0), (0.99, 100), (0.999, 3), (0.9999, 1)]
 )
 def test_any_decay_at_any_counter(decay, steps):
     _, params, state, apply = make(decay)
