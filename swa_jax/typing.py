@@ -26,6 +26,9 @@ BatchStatsFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
 BatchWeight: TypeAlias = Callable[[PyTree], jax.typing.ArrayLike]
 #: Leaves that stay as they are: one name, several, or a predicate on names.
 Keep: TypeAlias = str | Iterable[str] | Callable[[str], bool] | None
+#: What a model is called with: its key or index in a batch, or a function from the
+#: batch to it, whose tuple is several arguments. ``None`` for the batch itself.
+Inputs: TypeAlias = str | int | Callable[[PyTree], Any] | None
 #: How a learning rate goes over into another.
 Strategy: TypeAlias = Literal["cos", "linear"]
 #: Called with the numbers of one event.

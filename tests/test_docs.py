@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import swa_jax
+import swa_jax.frameworks  # names of its modules are in the pages
 from experiments import precision, results
 from experiments.configs import EXPERIMENTS
 from tests.swa_jax.transformations import bits
@@ -39,6 +40,7 @@ def test_every_page_with_examples_is_run_here():
         "averages.md",
         "evaluation.md",
         "coming-from-pytorch.md",
+        "frameworks.md",
         "how-to-choose.md",
         "published-method.md",
         "training-loops.md",
@@ -136,6 +138,16 @@ def test_every_loop_trains():
     # One with the devices' axis, one without: told, not guessed.
     with pytest.raises(ValueError, match=r"of shape \(64, 10\) opt_state holds"):
         swa_jax.swa_params(page["opt_state"], page["first"](page["p"]))
+
+
+# frameworks.md
+
+
+def test_every_framework_trains():
+    results = run("frameworks.md")["results"]
+    assert set(results) == {"nnx", "linen", "equinox", "haiku", "keras"}
+    for name, accuracy in results.items():
+        assert 0.85 < accuracy < 1, name
 
 
 # how-to-choose.md
