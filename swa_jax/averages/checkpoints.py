@@ -17,7 +17,7 @@ from swa_jax.averages.soups import check_shares, mean_of
 from swa_jax.errors import CheckpointError, NonFiniteError
 
 #: Bytes of one tensor of one checkpoint that are in memory at a time.
-_BLOCK = 2**24
+_BLOCK = 2**22
 
 
 def average_checkpoints(
