@@ -146,19 +146,24 @@ def _is_real(value: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
-def check_accumulator_dtype(dtype: Any) -> np.dtype | None:
-    """Returns ``dtype`` as a NumPy dtype, or raises; ``None`` passes."""
-    if dtype is None:
-        return None
+def check_floating(name: str, dtype: Any) -> np.dtype:
+    """Returns ``dtype`` as a NumPy dtype, or raises unless it is a floating one."""
     try:
         checked = jnp.dtype(dtype)
     except TypeError:
         checked = None
     if checked is None or not jnp.issubdtype(checked, jnp.floating):
         raise TypeError(
-            "accumulator_dtype must be a floating dtype such as jnp.float32, "
-            f"got {dtype!r}"
+            f"{name} must be a floating dtype such as jnp.float32, got {dtype!r}"
         )
+    return checked
+
+
+def check_accumulator_dtype(dtype: Any) -> np.dtype | None:
+    """Returns ``dtype`` as a NumPy dtype, or raises; ``None`` passes."""
+    if dtype is None:
+        return None
+    checked = check_floating("accumulator_dtype", dtype)
     if jax.dtypes.canonicalize_dtype(checked) != checked:
         raise ValueError(
             f"accumulator_dtype={checked.name} needs JAX's 64-bit types, which are "

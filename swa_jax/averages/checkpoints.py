@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from swa_jax._formats import Checkpoint, Spec, open_checkpoint
-from swa_jax._validate import is_averaged, shown
+from swa_jax._validate import check_floating, is_averaged, shown
 from swa_jax.averages.soups import check_shares, mean_of
 from swa_jax.errors import CheckpointError, NonFiniteError
 
@@ -92,7 +92,7 @@ def average_checkpoints(
         raise ValueError("average_checkpoints: paths is empty; pass one at least")
     if weights is not None:
         weights = check_shares(weights, len(inputs))
-    kept = None if dtype is None else _floating(dtype)
+    kept = None if dtype is None else check_floating("dtype", dtype)
     with contextlib.ExitStack() as opened:
         checkpoints = [_opened(path, opened) for path in inputs]
         names = _chosen(checkpoints[0], keys)
@@ -108,19 +108,6 @@ def average_checkpoints(
                 progress(done, total)
         writer.finish()
     return target
-
-
-def _floating(dtype: DTypeLike) -> np.dtype:
-    try:
-        checked = jnp.dtype(dtype)
-    except TypeError:
-        checked = None
-    if checked is None or not jnp.issubdtype(checked, jnp.floating):
-        raise TypeError(
-            "average_checkpoints: dtype must be a floating dtype, such as 'float32', "
-            f"got {shown(dtype)}"
-        )
-    return checked
 
 
 def _opened(path: pathlib.Path, opened: contextlib.ExitStack) -> Checkpoint:

@@ -40,8 +40,8 @@ def posthoc_ema(
     float64, and x divided by its sum.
 
     Keep two ``power_ema``, such as of 0.05 and 0.10, and store both from time to time.
-    Eight snapshots of each pair of widths give 0.075 to 1.2e-2 of its profile, sixteen
-    to 3.5e-3. A stored width at a stored step comes back as it is.
+    Eight snapshots of each give 0.075 to 1.2e-2 of its profile, sixteen to 3.5e-3. A
+    stored width at a stored step comes back as it is.
 
     Args:
       snapshots: ``Snapshot``s, or tuples of the same. Those later than ``step`` are
