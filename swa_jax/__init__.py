@@ -32,6 +32,7 @@ from swa_jax.averages.swa import SWAState as SWAState
 from swa_jax.averages.swa import swa as swa
 from swa_jax.averages.swag import SWAGState as SWAGState
 from swa_jax.averages.swag import swag as swag
+from swa_jax.averages.with_batch_stats import with_batch_stats as with_batch_stats
 from swa_jax.batch_stats import recompute_batch_stats as recompute_batch_stats
 from swa_jax.errors import CheckpointError as CheckpointError
 from swa_jax.errors import NonFiniteError as NonFiniteError
@@ -86,5 +87,6 @@ __all__ = [
     "swag",
     "swag_sample",
     "update_average",
+    "with_batch_stats",
     "with_num_updates",
 ]

@@ -90,6 +90,15 @@ class Average(optax.GradientTransformationExtraArgs):
 
     plan: Plan
 
+    @classmethod
+    def of(
+        cls, plan: Plan, init_fn: Callable[..., Any], update_fn: Callable[..., Any]
+    ) -> "Average":
+        """The transformation with its plan."""
+        average = cls(init_fn, update_fn)
+        average.plan = plan
+        return average
+
 
 def transformation(
     caller: str,
@@ -126,11 +135,9 @@ def transformation(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         del extra_args
-        return updates, _after_update(plan, updates, state, params)
+        return updates, after_update(plan, updates, state, params)
 
-    average = Average(functools.partial(initial_state, plan), update_fn)
-    average.plan = plan
-    return average
+    return Average.of(plan, functools.partial(initial_state, plan), update_fn)
 
 
 def initial_state(plan: Plan, params: PyTree, *, caller: str | None = None) -> Any:
@@ -145,8 +152,18 @@ def initial_state(plan: Plan, params: PyTree, *, caller: str | None = None) -> A
     )
 
 
-def _after_update(plan: Plan, updates: PyTree, state: Any, params: PyTree) -> Any:
-    """One optimizer update later."""
+def after_update(
+    plan: Plan, updates: PyTree, state: Any, params: PyTree, batch_stats: PyTree = None
+) -> Any:
+    """One optimizer update later.
+
+    Args:
+      plan: the average.
+      updates: as they will be applied.
+      state: the state before.
+      params: the parameters before.
+      batch_stats: the statistics that are averaged along, after the step.
+    """
     if params is None:
         raise ValueError(
             f"{plan.caller}: update received params=None, but averages the updated "
@@ -158,10 +175,14 @@ def _after_update(plan: Plan, updates: PyTree, state: Any, params: PyTree) -> An
     def kept_as(dtype: Any) -> Any:
         return plan.kind.buffers(dtype, plan.accumulator_dtype)[0].dtype
 
-    check_params(params, like, caller=plan.caller, averaged_as=kept_as)
-    new_params = apply_updates(params, updates, plan.caller)
+    def model(params: PyTree) -> PyTree:
+        along = batch_stats is not None
+        return {"params": params, "batch_stats": batch_stats} if along else params
+
+    check_params(model(params), like, caller=plan.caller, averaged_as=kept_as)
+    new = model(apply_updates(params, updates, plan.caller))
     targets = resolve(plan.sharding, like)
-    return next_state(plan, state, new_params, targets=targets)
+    return next_state(plan, state, new, targets=targets)
 
 
 def next_state(

@@ -202,7 +202,9 @@ def _matched(caller: str, avg_params: PyTree, params: PyTree) -> list[Any]:
     )
     leaves, *expected = jax.tree_util.tree_flatten_with_path(params)
     fix = "pass the parameters that the optimizer was initialised with"
-    if _is_nnx(params):
+    if isinstance(avg_params, dict) and avg_params.keys() == {"params", "batch_stats"}:
+        fix = 'pass the tree of both, {"params": params, "batch_stats": batch_stats}'
+    elif _is_nnx(params):
         fix += ", here nnx.state(model, nnx.Param)"
     if len(dict(flat)) == len(flat) and len(dict(leaves)) == len(leaves):
         means = _matched_by_path(caller, dict(flat), leaves, fix)
