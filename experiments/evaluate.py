@@ -103,16 +103,29 @@ def fit_batch_stats(
         raise FloatingPointError(str(error)) from error
 
 
+def averaged_variables(state: TrainState) -> tuple[PyTree, PyTree]:
+    """The averaged weights, and the statistics that were averaged along with them.
+
+    Args:
+        state: Of an arm that averages.
+
+    Returns:
+        Parameters and batch_stats.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    averaged = swa_jax.swa_params(state.opt_state, variables)
+    return averaged["params"], averaged["batch_stats"]
+
+
 def averaged_network(
-    model: nn.Module, state: TrainState, input_batches: Iterable[np.ndarray] | None
+    model: nn.Module, state: TrainState, input_batches: Iterable[np.ndarray]
 ) -> tuple[PyTree, PyTree]:
     """The averaged weights, and BatchNorm statistics that belong to them.
 
     Args:
         model: The network.
         state: Of an arm that averages.
-        input_batches: Every training input once, not augmented. None leaves the
-            BatchNorm pass out: the statistics stay those of the last iterate.
+        input_batches: Every training input once, not augmented.
 
     Returns:
         Parameters and batch_stats.
@@ -120,7 +133,5 @@ def averaged_network(
     Raises:
         FloatingPointError: The averaged weights lead to statistics that are not finite.
     """
-    params = swa_jax.swa_params(state.opt_state, state.params)
-    if input_batches is None:
-        return params, state.batch_stats
+    params, _ = averaged_variables(state)
     return params, fit_batch_stats(model, params, state.batch_stats, input_batches)

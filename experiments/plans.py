@@ -24,7 +24,12 @@ import optax
 import swa_jax
 from experiments.settings import Config
 
-Weights = Literal["iterate", "average", "average, no BatchNorm pass"]
+Weights = Literal[
+    "iterate",
+    "average",
+    "average, statistics averaged along",
+    "average, no BatchNorm pass",
+]
 
 
 class Readout(NamedTuple):
@@ -94,18 +99,20 @@ def _plain(config: Config, name: str, label: str, epochs: int) -> Arm:
 
 
 def _average_readouts(config: Config, labels: dict[int, str]) -> tuple[Readout, ...]:
-    """The average at the end of each epoch; at the last also without BatchNorm pass."""
+    """The average at the end of each epoch; at the last with other statistics, too."""
     found = [Readout(label, "swa", epoch, "average") for epoch, label in labels.items()]
     if has_batch_norm(config):
         last = found[-1]
-        found.append(
-            Readout(
-                f"{last.label}, no BatchNorm pass",
-                "swa",
-                last.epoch,
-                "average, no BatchNorm pass",
-            )
+        others: tuple[Weights, ...] = (
+            "average, statistics averaged along",
+            "average, no BatchNorm pass",
         )
+        found += [
+            last._replace(
+                label=weights.replace("average", last.label, 1), weights=weights
+            )
+            for weights in others
+        ]
     return tuple(found)
 
 

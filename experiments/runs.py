@@ -10,7 +10,12 @@ import jax
 from experiments import data, processes
 from experiments.checkpoints import Store
 from experiments.errors import StoppedError, StorageError
-from experiments.evaluate import Evaluation, averaged_network, evaluate
+from experiments.evaluate import (
+    Evaluation,
+    averaged_network,
+    averaged_variables,
+    evaluate,
+)
 from experiments.files import write_json
 from experiments.metrics import Log
 from experiments.networks import make_model
@@ -122,8 +127,11 @@ class Scorer:
         """The parameters and statistics to score."""
         if weights == "iterate":
             return state.params, state.batch_stats
-        inputs = self._inputs if weights == "average" else None
-        return averaged_network(self.model, state, inputs)
+        if weights == "average":
+            return averaged_network(self.model, state, self._inputs)
+        params, along = averaged_variables(state)
+        left = weights == "average, no BatchNorm pass"
+        return params, state.batch_stats if left else along
 
     def test(self, network: tuple[Any, Any]) -> Evaluation:
         """Score on the whole test split."""

@@ -102,9 +102,11 @@ class CompiledArm:
 
 
 def make_optimizer(
-    config: Config, arm: Arm, steps: int
+    config: Config, arm: Arm, steps: int, batch_stats: PyTree
 ) -> optax.GradientTransformationExtraArgs:
     """The arm's optimizer; where it averages, averaging is the last link.
+
+    It averages the statistics of BatchNorm along, which cost next to nothing.
 
     Update number t, counted from 1, ends the arm's epoch t / steps, so its first sample
     is the first averaged epoch's number, counted from the arm's own start, times
@@ -132,7 +134,8 @@ def make_optimizer(
         ]
     if arm.averages_from is not None:
         first = arm.averages_from - arm.first_epoch
-        links.append(swa_jax.swa(start_step=first * steps, period=steps))
+        average = swa_jax.swa(start_step=first * steps, period=steps)
+        links.append(swa_jax.with_batch_stats(average, batch_stats))
     return optax.chain(*links)
 
 
@@ -181,7 +184,9 @@ def make_train_step(
         correct = jnp.argmax(logits, axis=-1) == batch["labels"]
         metrics = Metrics(loss, jnp.mean(correct, dtype=jnp.float32))
         grads, metrics = parallel.mean_over((grads, metrics), axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, batch_stats=batch_stats
+        )
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, key), metrics
 
@@ -196,6 +201,11 @@ def _init_variables(
     return model.init(key, jnp.zeros((1, *input_shape), input_dtype), train=False)
 
 
+def _variables(model: nn.Module, split: data.Split, key: jax.Array) -> PyTree:
+    """A network's parameters and statistics for a split's inputs."""
+    return _init_variables(model, key, split.input_shape, np.dtype(split.input_dtype))
+
+
 def compile_arm(config: Config, arm: Arm, split: data.Split) -> CompiledArm:
     """Assemble and jit an arm; `split` gives the shapes and the epoch length.
 
@@ -205,15 +215,14 @@ def compile_arm(config: Config, arm: Arm, split: data.Split) -> CompiledArm:
     strategy = parallel.make_strategy(config.parallel, config.batch_size)
     model = make_model(config, split)
     steps = data.steps_per_epoch(split.num_examples, config.batch_size)
-    optimizer = make_optimizer(config, arm, steps)
+    like = jax.eval_shape(lambda: _variables(model, split, jax.random.key(0)))
+    optimizer = make_optimizer(config, arm, steps, like.get("batch_stats", {}))
     # Compiled, so that the optimizer's counters are committed like the parameters.
     init_optimizer = jax.jit(optimizer.init)
 
     def init(key: jax.Array, start: TrainState | None = None) -> TrainState:
         if start is None:
-            variables = _init_variables(
-                model, key, split.input_shape, np.dtype(split.input_dtype)
-            )
+            variables = _variables(model, split, key)
             params, batch_stats = variables["params"], variables.get("batch_stats", {})
             dropout_key = jax.random.key_data(jax.random.fold_in(key, 1))
         else:

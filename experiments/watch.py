@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-import swa_jax
 from experiments import data, plans, processes
 from experiments.curves import plot_curves
-from experiments.evaluate import evaluate, fit_batch_stats
+from experiments.evaluate import averaged_variables, evaluate, fit_batch_stats
 from experiments.files import write_atomic, write_json
 from experiments.landscape import ScoreFn, measure, plot_width
 from experiments.metrics import read_log
@@ -95,7 +94,7 @@ def _write_width(
         return
     solutions = {
         plain.label: plain_state.params,
-        "SWA": swa_jax.swa_params(swa_state.opt_state, swa_state.params),
+        "SWA": averaged_variables(swa_state)[0],
         "SWA's last iterate": swa_state.params,
     }
     found = measure(_score_fn(config, splits, plain_state), solutions)

@@ -119,6 +119,7 @@ def test_imagenet_trains_to_the_end(mock, tmp_path, monkeypatch):
         "control, 1 more epoch (0.001)",
         "SGD, 2 epochs",
         "SWA, 1 more epoch",
+        "SWA, 1 more epoch, statistics averaged along",
         "SWA, 1 more epoch, no BatchNorm pass",
         "SWA's last iterate (0.01)",
     ]

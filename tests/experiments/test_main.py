@@ -53,6 +53,7 @@ def test_digits_end_to_end(run, capsys):
         ("sgd", "iterate"),
         ("swa1", "average"),
         ("swa3", "average"),
+        ("swa3", "average, statistics averaged along"),
         ("swa3", "average, no BatchNorm pass"),
     ]
     for row in results["rows"]:
@@ -61,13 +62,13 @@ def test_digits_end_to_end(run, capsys):
             # A fraction of all 601 test images, which fill no whole batch.
             assert 0 <= accuracy <= 1
             assert 601 * accuracy == pytest.approx(round(601 * accuracy), abs=1e-6)
-    *_, with_pass, without = (row["loss"] for row in results["rows"])
-    assert with_pass != without
+    *_, with_pass, along, without = (row["loss"] for row in results["rows"])
+    assert with_pass != along != without != with_pass
 
     shown = capsys.readouterr().out
     assert "SWA, last 3 epochs" in shown
     assert "20 train, 601 test examples" in shown
-    assert (workdir / "results.md").read_text().count("\n") == 11
+    assert (workdir / "results.md").read_text().count("\n") == 12
 
     log = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in log.splitlines()]
@@ -101,7 +102,7 @@ def test_digits_end_to_end(run, capsys):
     alone = run("alone", "--seeds", "1", "--swa-epochs", "3")
     repeated = json.loads((alone / "results.json").read_text())["rows"]
     for row, first in zip(
-        repeated, [results["rows"][i] for i in (0, 2, 3)], strict=True
+        repeated, [results["rows"][i] for i in (0, 2, 3, 4)], strict=True
     ):
         assert row["accuracy"] == first["accuracy"][:1]
         assert row["loss"] == first["loss"][:1]

@@ -43,6 +43,11 @@ def make_arm(config, split, window):
     return compile_arm(config, arm, split)
 
 
+def statistics(arm):
+    """The shapes of an arm's BatchNorm statistics."""
+    return jax.eval_shape(arm.init, jax.random.key(0)).batch_stats
+
+
 class Recorder(Hooks):
     def __init__(self):
         self.losses, self.averages = [], []
@@ -51,8 +56,9 @@ class Recorder(Hooks):
         self.losses.append(loss)
 
     def on_epoch_end(self, epoch, state):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
         self.averages.append(
-            swa_jax.swa_params(state.opt_state, state.params, allow_empty=True)
+            swa_jax.swa_params(state.opt_state, variables, allow_empty=True)
         )
         assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {
             jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -111,12 +117,13 @@ def test_shard_map_refuses_unsynchronised_statistics(spread, split):
 
 def unsynchronised_run(config, split, name):
     strategy = make_strategy(name, config.batch_size)
-    optimizer = make_optimizer(config, plans.make_arms(config)[1], 2)
+    arm = make_arm(config, split, 4)
+    optimizer = make_optimizer(config, arm.arm, 2, statistics(arm))
     train_step = make_train_step(
         make_model(config, split), optimizer, strategy.axis_name
     )
     step = strategy.compile(train_step)
-    state = strategy.place_state(make_arm(config, split, 4).init(jax.random.key(0)))
+    state = strategy.place_state(arm.init(jax.random.key(0)))
     for batch in data.train_batches(split, config, 0, last_step=STEPS):
         state, _ = step(state, strategy.place_batch(batch))
     return state
@@ -141,12 +148,12 @@ def test_step_is_compiled_once_and_donates(spread, split, name):
     config = dataclasses.replace(spread, parallel=name)
     chex.clear_trace_counter()
     strategy = make_strategy(name, config.batch_size)
+    arm = make_arm(config, split, 4)
     step = make_train_step(
         make_model(config, split, strategy.axis_name),
-        make_optimizer(config, plans.make_arms(config)[1], 2),
+        make_optimizer(config, arm.arm, 2, statistics(arm)),
         strategy.axis_name,
     )
-    arm = make_arm(config, split, 4)
     states = [strategy.place_state(arm.init(jax.random.key(s))) for s in range(2)]
     batches = list(
         map(strategy.place_batch, data.train_batches(split, config, 0, last_step=STEPS))
@@ -194,7 +201,7 @@ def test_one_device_in_a_job_of_several_processes_is_an_error(monkeypatch):
 def averaged(spread, one_device):
     """Averaged weights, stale statistics, and the single-device BatchNorm pass."""
     state, _ = one_device
-    return swa_jax.swa_params(state.opt_state, state.params), state.batch_stats
+    return evaluate.averaged_variables(state)[0], state.batch_stats
 
 
 def one_device_pass(config, split, averaged, images):

@@ -27,12 +27,16 @@ def test_side_by_side(tiny):
     np.testing.assert_allclose(sgd, expected, rtol=1e-5, atol=1e-7)
     expected = [0.1 + cosine(0.3, step / 5) for step in range(20)]
     np.testing.assert_allclose(swa, expected, rtol=1e-5)
-    # The ablation without BatchNorm pass is shown for the longest window.
+    # Other statistics than the BatchNorm pass's are shown for the longest window.
     weights = {name: [r.weights for r in arm.readouts] for name, arm in arms.items()}
     assert weights == {
         "sgd": ["iterate"],
         "swa1": ["average"],
-        "swa3": ["average", "average, no BatchNorm pass"],
+        "swa3": [
+            "average",
+            "average, statistics averaged along",
+            "average, no BatchNorm pass",
+        ],
     }
 
 
@@ -62,6 +66,7 @@ def test_fine_tune(tiny_fine_tune):
     assert [(r.epoch, r.weights) for r in arms["swa"].readouts] == [
         (5, "average"),
         (7, "average"),
+        (7, "average, statistics averaged along"),
         (7, "average, no BatchNorm pass"),
         (7, "iterate"),
     ]

@@ -50,7 +50,10 @@ def test_average_is_the_mean_of_epoch_ends(tiny, split, window):
     arm = make_arm(tiny, split, window)
     state = train(tiny, arm, 0, split, recorder)
     assert [epoch for epoch, _ in recorder.ends] == [1, 2, 3, 4]
-    iterates = [end.params for _, end in recorder.ends[-window:]]
+    iterates = [
+        {"params": end.params, "batch_stats": end.batch_stats}
+        for _, end in recorder.ends[-window:]
+    ]
     expected = jax.tree.map(
         lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *iterates
     )
@@ -61,7 +64,7 @@ def test_average_is_the_mean_of_epoch_ends(tiny, split, window):
     chex.assert_trees_all_close(found.avg_params, expected, rtol=1e-6, atol=1e-7)
     if window > 1:
         moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), expected, iterates[-1])
-        assert min(jax.tree.leaves(moved)) > 1e-5  # it is not just the last iterate
+        assert min(jax.tree.leaves(moved)) > 1e-6  # it is not just the last iterate
 
 
 def test_two_steps_match_the_formula_of_sgd(tiny, split):
@@ -133,7 +136,9 @@ def test_metrics_are_those_of_the_weights_before_the_update(tiny, split):
 def test_step_is_compiled_once_and_donates(tiny, split, window):
     arm = make_arm(tiny, split, window)
     chex.clear_trace_counter()
-    step = make_train_step(make_model(tiny, split), make_optimizer(tiny, arm.arm, 3))
+    like = jax.eval_shape(arm.init, jax.random.key(0)).batch_stats
+    optimizer = make_optimizer(tiny, arm.arm, 3, like)
+    step = make_train_step(make_model(tiny, split), optimizer)
     once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
     train(tiny, dataclasses.replace(arm, step=once), 0, split)
     assert once._cache_size() == 1
