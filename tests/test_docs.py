@@ -118,6 +118,16 @@ def test_evaluation_leaves_training_as_it_is(tmp_path):
     resumed, best_of_both = page["run"](12, tmp_path)
     assert bits(resumed) == bits(state)
     assert bits(best_of_both) == bits(best)
+    for momentum, kinds in page["costs"].items():
+        [row] = re.findall(rf"^\| {momentum} \| (.+) \|$", PAGES["evaluation.md"], re.M)
+        shown = [re.split(r" ± .+?, ", cell) for cell in row.split(" | ")]
+        # Another machine trains other networks.
+        accuracies, losses = zip(*np.array(shown, float), strict=True)
+        np.testing.assert_allclose(kinds[:, 0].mean(-1), accuracies, atol=2)
+        np.testing.assert_allclose(kinds[:, 1].mean(-1), losses, rtol=0.3)
+    (recomputed, along, _), (_, quick, _) = (x[:, 1] for x in page["costs"].values())
+    assert (recomputed < along).all()  # with every seed
+    assert (quick < along).all()
 
 
 # training-loops.md
