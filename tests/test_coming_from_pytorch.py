@@ -221,7 +221,7 @@ def _(scope):
 
 
 @row("`use_buffers=True`")
-def _(scope, variables, init_average, update_average):
+def _(scope, along, variables, init_average, update_average):
     """Every array of the model is in it: scale, bias, mean and var of one name."""
     state = init_average(variables)
     later = jax.tree.map(lambda leaf: leaf + 2.0, variables)
@@ -231,6 +231,14 @@ def _(scope, variables, init_average, update_average):
     norms = [state.avg_params[kind]["BatchNorm_0"] for kind in variables]
     assert [sorted(norm) for norm in norms] == [["bias", "scale"], ["mean", "var"]]
     scope["net"].apply(state.avg_params, scope["batches"][0], train=False)
+
+    params, chained = variables["params"], along.init(variables["params"])
+    for model in (variables, later):
+        updates = jax.tree.map(jnp.subtract, model["params"], params)
+        _, chained = along.update(
+            updates, chained, params, batch_stats=model["batch_stats"]
+        )
+    assert_close(chained.avg_params, state.avg_params)
 
 
 @row("`get_ema_multi_avg_fn(0.999)`")
