@@ -1,5 +1,6 @@
 """Batch statistics of Equinox's models."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ from equinox.nn import BatchNorm, SpectralNorm, State, StateIndex
 
 import swa_jax
 from swa_jax.batch_stats._pass import Mode
-from swa_jax.typing import BatchWeight, Keep, PyTree
+from swa_jax.frameworks._kept import kept, weak
+from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
 
 _Node = TypeVar("_Node")
 #: A counter that no training after it takes beyond int32.
@@ -91,15 +93,8 @@ def recompute_batch_stats(
             f"{type(forward).__name__}"
         )
     model = eqx.nn.inference_mode(model, value=False)
-    norms = {_indices(norm)[0].marker: norm for norm in _nodes(model, BatchNorm)}
-    spectral = {x.uv_index.marker: x for x in _nodes(model, SpectralNorm)}
-    names = _names(model, norms)
-    others = {
-        index.marker: index
-        for index in _nodes(model, StateIndex)
-        if index.marker not in spectral and index.marker not in _markers(norms)
-    }
-    if not norms and not others:
+    parts = _Parts(model)
+    if not parts.norms and not parts.others:
         raise ValueError(
             f"model, of type {type(model).__name__}, has no BatchNorm or other state "
             "to recompute; it needs no pass. Pass the model and state that "
@@ -107,55 +102,89 @@ def recompute_batch_stats(
         )
 
     settled = _clone(state)
-    for layer in spectral.values():
+    for layer in _nodes(model, SpectralNorm):
         settled = settled.set(layer.uv_index, _singular_vectors(layer, settled))
     # In training these would iterate on, away from what inference uses.
-    model = _in_inference(model)
-    arrays, static = eqx.partition(model, eqx.is_array)
+    arrays, static = eqx.partition(_in_inference(model), eqx.is_array)
+    key = jax.tree.structure(static), jax.tree.leaves(static)
 
-    def read(state: State, *, debiased: bool = False) -> PyTree:
-        found: dict[str, Any] = {}
-        for marker, norm in norms.items():
-            mean, var = state.get(_indices(norm)[0])
-            if debiased and norm.mode == "batch":
-                scale = _debiasing(norm, state)
-                mean, var = mean / scale, var / scale
-            found[names[marker]] = {"mean": mean, "var": var}
-        for marker, index in others.items():
-            found[names[marker]] = state.get(index)
-        return found
-
-    def write(state: State, stats: PyTree, done: bool) -> State:
-        state = _clone(state)
-        for marker, norm in norms.items():
-            values = stats[names[marker]]
-            state = _set_norm(norm, state, values["mean"], values["var"], done)
-        for marker, index in others.items():
-            state = state.set(index, stats[names[marker]])
-        return state
-
-    def run(params: PyTree, stats: PyTree, batch: PyTree) -> PyTree:
-        arrays, state = params
-        model = eqx.combine(arrays, static)
-        result = forward(model, write(state, stats, done=False), batch)
-        if not (isinstance(result, tuple) and isinstance(result[-1], State)):
-            raise ValueError(
-                "forward must return (output, state), with the state that the model "
-                f"returned, got {type(result).__name__}"
-            )
-        return read(result[-1])
+    def make() -> BatchStatsFn:
+        return functools.partial(_run, weak(forward), static)
 
     recomputed = swa_jax.recompute_batch_stats(
-        run,
+        kept(forward, key, make),
         (arrays, settled),
-        read(settled, debiased=True),
+        parts.read(settled, debiased=True),
         batches,
         mode=mode,
         keep=keep,
         pairs=pairs,
         batch_weight=batch_weight,
     )
-    return write(settled, recomputed, done=True)
+    return parts.write(settled, recomputed, done=True)
+
+
+def _run(
+    forward: Callable[[], Callable[[Any, State, PyTree], Any]],
+    static: PyTree,
+    params: PyTree,
+    stats: PyTree,
+    batch: PyTree,
+) -> PyTree:
+    arrays, state = params
+    model = eqx.combine(arrays, static)
+    parts = _Parts(model)
+    result = forward()(model, parts.write(state, stats, done=False), batch)
+    if not (isinstance(result, tuple) and isinstance(result[-1], State)):
+        raise ValueError(
+            "forward must return (output, state), with the state that the model "
+            f"returned, got {type(result).__name__}"
+        )
+    return parts.read(result[-1])
+
+
+class _Parts:
+    """What of a model's state are statistics, and what they are called.
+
+    Attributes:
+      norms: the layers with statistics, by the marker of these.
+      others: the places of whatever else is in the state, likewise.
+      names: what messages and ``keep=`` call all of them.
+    """
+
+    def __init__(self, model: PyTree) -> None:
+        self.norms = {_indices(x)[0].marker: x for x in _nodes(model, BatchNorm)}
+        known = _markers(self.norms)
+        known |= {x.uv_index.marker for x in _nodes(model, SpectralNorm)}
+        self.others = {
+            index.marker: index
+            for index in _nodes(model, StateIndex)
+            if index.marker not in known
+        }
+        self.names = _names(model, self.norms)
+
+    def read(self, state: State, *, debiased: bool = False) -> PyTree:
+        """What the pass computes, by name."""
+        found: dict[str, Any] = {}
+        for marker, norm in self.norms.items():
+            mean, var = state.get(_indices(norm)[0])
+            if debiased and norm.mode == "batch":
+                scale = _debiasing(norm, state)
+                mean, var = mean / scale, var / scale
+            found[self.names[marker]] = {"mean": mean, "var": var}
+        for marker, index in self.others.items():
+            found[self.names[marker]] = state.get(index)
+        return found
+
+    def write(self, state: State, stats: PyTree, done: bool) -> State:
+        """A state with these, to run the pass from, or to be read."""
+        state = _clone(state)
+        for marker, norm in self.norms.items():
+            values = stats[self.names[marker]]
+            state = _set_norm(norm, state, values["mean"], values["var"], done)
+        for marker, index in self.others.items():
+            state = state.set(index, stats[self.names[marker]])
+        return state
 
 
 def _nodes(tree: PyTree, kind: type[_Node]) -> list[_Node]:

@@ -1,5 +1,6 @@
 """Batch statistics of Flax's models, of linen and of nnx."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 import swa_jax
 from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._inputs import arguments_of, check_inputs
+from swa_jax.frameworks._kept import kept, weak
 from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
 
 
@@ -184,17 +186,13 @@ def recompute_batch_stats(
             "nnx.BatchStat)"
         )
 
-    def run(rest: PyTree, stats: PyTree, batch: PyTree) -> PyTree:
-        copy = nnx.merge(graphdef, stats, rest, copy=True)
-        copy.train()
-        if forward is None:
-            copy(*arguments_of(batch, inputs))
-        else:
-            forward(copy, batch)
-        return nnx.state(copy, nnx.Any(is_statistic, nnx.RngCount))
+    key = graphdef, weak(inputs), weak(forward)
+
+    def make() -> BatchStatsFn:
+        return functools.partial(_run, *key, is_statistic)
 
     recomputed = swa_jax.recompute_batch_stats(
-        run,
+        kept(model, key, make),
         rest,
         stats,
         batches,
@@ -204,6 +202,25 @@ def recompute_batch_stats(
         batch_weight=batch_weight,
     )
     nnx.update(model, nnx.filter_state(recomputed, nnx.BatchStat))
+
+
+def _run(
+    graphdef: Any,
+    inputs: Callable[[], Inputs],
+    forward: Callable[[], Callable[[Any, PyTree], object] | None],
+    is_statistic: Any,
+    rest: PyTree,
+    stats: PyTree,
+    batch: PyTree,
+) -> PyTree:
+    copy = nnx.merge(graphdef, stats, rest, copy=True)
+    copy.train()
+    run = forward()
+    if run is None:
+        copy(*arguments_of(batch, inputs()))
+    else:
+        run(copy, batch)
+    return nnx.state(copy, nnx.Any(is_statistic, nnx.RngCount))
 
 
 def _spectral_norms(model: nnx.Module) -> list[tuple[Any, ...]]:

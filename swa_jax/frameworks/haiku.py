@@ -1,5 +1,6 @@
 """Batch statistics of Haiku's models."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 import swa_jax
 from swa_jax.batch_stats._pass import Mode
+from swa_jax.frameworks._kept import kept, weak
 from swa_jax.typing import BatchWeight, Keep, PyTree
 
 #: Of a long average: ``1 - decay**counter`` is 1 for any float32 decay below 1, and
@@ -94,51 +96,16 @@ def recompute_batch_stats(
             "state must be Haiku's, a mapping from modules to mappings of arrays, got "
             f"{type(state).__name__}; pass the second of what init or apply returned"
         )
-    averages = {m for m, part in state.items() if set(part) == _FIELDS}
-
-    def read(state: PyTree) -> PyTree:
-        stats: dict[str, Any] = {}
-        for module, part in state.items():
-            if module in averages:
-                parent, _, own = module.rpartition("/")
-                stats.setdefault(parent, {})[own] = part["average"]
-            else:
-                stats.setdefault(module, {}).update(part)
-        return stats
-
-    def write(state: PyTree, stats: PyTree, done: bool) -> dict[str, dict[str, Any]]:
-        def average(part: Mapping[str, Any], value: Any) -> dict[str, Any]:
-            counter = jnp.full_like(part["counter"], _FAR_ALONG if done else 0)
-            hidden = value if done else jnp.zeros_like(value)
-            return {"hidden": hidden, "average": value, "counter": counter}
-
-        new: dict[str, dict[str, Any]] = {}
-        for module, part in state.items():
-            parent, _, own = module.rpartition("/")
-            if module in averages:
-                new[module] = average(part, stats[parent][own])
-            else:
-                new[module] = {name: stats[module][name] for name in part}
-        return new
-
-    def run(given: PyTree, stats: PyTree, batch: PyTree) -> PyTree:
-        params, state = given
-        result = apply(params, write(state, stats, done=False), batch)
-        if not (isinstance(result, tuple) and isinstance(result[-1], Mapping)):
-            raise ValueError(
-                "apply must return (output, state), as Haiku's does with "
-                f"hk.transform_with_state, got {type(result).__name__}"
-            )
-        new = result[-1]
-        seen = {m: old | _is_biased(new[m]) for m, old in stats[_BIASED].items()}
-        return {**read(new), _BIASED: seen}
-
     # Integers, which the pass hands on from batch to batch.
-    biased = {m: jnp.zeros_like(state[m]["counter"]) for m in averages}
+    biased = {
+        module: jnp.zeros_like(part["counter"])
+        for module, part in state.items()
+        if _is_average(part)
+    }
     recomputed = swa_jax.recompute_batch_stats(
-        run,
+        kept(apply, None, lambda: functools.partial(_run, weak(apply))),
         (params, state),
-        {**read(state), _BIASED: biased},
+        {**_read(state), _BIASED: biased},
         batches,
         mode=mode,
         axis_name=axis_name,
@@ -154,7 +121,56 @@ def recompute_batch_stats(
                 "hk.ExponentialMovingAverage with zero_debias=True, as hk.BatchNorm "
                 "does, and a decay above 0"
             )
-    return write(state, recomputed, done=True)
+    return _write(state, recomputed, done=True)
+
+
+def _run(
+    apply: Callable[[], Any], given: PyTree, stats: PyTree, batch: PyTree
+) -> PyTree:
+    params, state = given
+    result = apply()(params, _write(state, stats, done=False), batch)
+    if not (isinstance(result, tuple) and isinstance(result[-1], Mapping)):
+        raise ValueError(
+            "apply must return (output, state), as Haiku's does with "
+            f"hk.transform_with_state, got {type(result).__name__}"
+        )
+    new = result[-1]
+    seen = {m: old | _is_biased(new[m]) for m, old in stats[_BIASED].items()}
+    return {**_read(new), _BIASED: seen}
+
+
+def _is_average(part: Mapping[str, Any]) -> bool:
+    return set(part) == _FIELDS
+
+
+def _read(state: PyTree) -> dict[str, Any]:
+    """What the pass computes: what inference reads, and all else."""
+    stats: dict[str, Any] = {}
+    for module, part in state.items():
+        if _is_average(part):
+            parent, _, own = module.rpartition("/")
+            stats.setdefault(parent, {})[own] = part["average"]
+        else:
+            stats.setdefault(module, {}).update(part)
+    return stats
+
+
+def _write(state: PyTree, stats: PyTree, done: bool) -> dict[str, dict[str, Any]]:
+    """The state with these statistics, to run the pass from, or to be read."""
+
+    def average(part: Mapping[str, Any], value: Any) -> dict[str, Any]:
+        counter = jnp.full_like(part["counter"], _FAR_ALONG if done else 0)
+        hidden = value if done else jnp.zeros_like(value)
+        return {"hidden": hidden, "average": value, "counter": counter}
+
+    new: dict[str, dict[str, Any]] = {}
+    for module, part in state.items():
+        parent, _, own = module.rpartition("/")
+        if _is_average(part):
+            new[module] = average(part, stats[parent][own])
+        else:
+            new[module] = {name: stats[module][name] for name in part}
+    return new
 
 
 def _is_biased(part: Mapping[str, Any]) -> jax.Array:

@@ -4,9 +4,11 @@ For Keras 3 on JAX: set ``KERAS_BACKEND=jax`` in the environment before the firs
 of ``keras``, or import this module first.
 """
 
+import functools
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ import swa_jax
 from swa_jax.batch_stats._batches import check_batches
 from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._inputs import arguments_of, check_inputs
+from swa_jax.frameworks._kept import kept, weak
 from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
 
 if keras.backend.backend() != "jax":
@@ -88,7 +91,7 @@ def recompute_batch_stats(
     _recompute(
         model,
         batches,
-        _training_pass(model, inputs),
+        inputs,
         mode=mode,
         keep=keep,
         pairs=pairs,
@@ -130,12 +133,17 @@ def _check_model(model: Any) -> None:
 
 
 def _recompute(
-    model: keras.Model, batches: Iterable[PyTree], run: BatchStatsFn, **options: Any
+    model: keras.Model, batches: Iterable[PyTree], inputs: Inputs, **options: Any
 ) -> None:
     variables = model.non_trainable_variables
     values = [v.value for v in variables]
+    frozen = [not layer.trainable for layer in model._flatten_layers()]
+
+    def make() -> BatchStatsFn:
+        return functools.partial(_run, weakref.ref(model), weak(inputs))
+
     recomputed = swa_jax.recompute_batch_stats(
-        run,
+        kept(model, (weak(inputs), frozen), make),
         ([v.value for v in model.trainable_variables], values),
         _state_of(variables, values),
         map(_as_arrays, batches),
@@ -146,24 +154,27 @@ def _recompute(
             variables[i].assign(recomputed[layer][name])
 
 
-def _training_pass(model: keras.Model, inputs: Inputs) -> BatchStatsFn:
+def _run(
+    find: Callable[[], keras.Model | None],
+    inputs: Callable[[], Inputs],
+    params: PyTree,
+    state: PyTree,
+    batch: PyTree,
+) -> PyTree:
     """From the values of all variables, and what ``_state_of`` made of them before."""
-
-    def run(params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
-        trainable, others = params
-        variables = model.non_trainable_variables
-        filled = list(others)
-        for i, value in state[_COUNTERS].items():
-            filled[i] = value
-        for layer, names in _statistics(variables).items():
-            for name, i in names.items():
-                filled[i] = state[layer][name]
-        _, new = model.stateless_call(
-            trainable, filled, *_arguments(batch, inputs), training=True
-        )
-        return _state_of(variables, new)
-
-    return run
+    model: Any = find()
+    trainable, others = params
+    variables = model.non_trainable_variables
+    filled = list(others)
+    for i, value in state[_COUNTERS].items():
+        filled[i] = value
+    for layer, names in _statistics(variables).items():
+        for name, i in names.items():
+            filled[i] = state[layer][name]
+    _, new = model.stateless_call(
+        trainable, filled, *_arguments(batch, inputs()), training=True
+    )
+    return _state_of(variables, new)
 
 
 def _state_of(variables: list[Any], values: list[Any]) -> dict[str, dict[Any, Any]]:
@@ -272,7 +283,6 @@ class AverageWeights(keras.callbacks.Callback):
         self.state: Any = None
         self._trained: list[tuple[Any, jax.Array]] = []  # variables and values
         self._updates = 0
-        self._pass: tuple[keras.Model, BatchStatsFn] | None = None
 
     @property
     def num_averaged(self) -> int:
@@ -359,12 +369,9 @@ class AverageWeights(keras.callbacks.Callback):
 
     def _recompute(self, model: keras.Model) -> None:
         batches: Any = self.batches() if callable(self.batches) else self.batches
-        if self._pass is None or self._pass[0] is not model:
-            _check_model(model)
-            # Kept, since what is compiled for it lives as long as it does.
-            self._pass = model, _training_pass(model, None)
+        _check_model(model)
         check_batches(batches)
-        _recompute(model, batches, self._pass[1])
+        _recompute(model, batches, None)
 
     def restore(self) -> None:
         """Puts training's own weights back, after a validation that failed."""
