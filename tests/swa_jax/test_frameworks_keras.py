@@ -325,6 +325,20 @@ def test_micro_batches_are_no_updates():
     assert_close(averaging.averaged_weights(), mean_of(history.models[1::2]))
 
 
+@pytest.mark.parametrize("steps", [2, STEPS])
+def test_steps_that_are_executed_together_are_one(steps):
+    alone, history = History(), History()
+    fit(compiled(make(norms=False)), [alone], epochs=2)
+    model, averaging = make(norms=False), frameworks.AverageWeights()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, steps_per_execution=steps)
+    fit(model, [averaging, history], epochs=2)
+    ends = {2: [1, 3, 4], STEPS: [4]}[steps]  # of an epoch of five updates
+    expected = [alone.models[epoch * STEPS + i] for epoch in range(2) for i in ends]
+    assert averaging.num_averaged == len(expected)
+    assert_close(averaging.averaged_weights(), mean_of(expected))
+
+
 def test_a_second_fit_goes_on():
     history, averaging = History(), frameworks.AverageWeights()
     model = compiled(make(norms=False))
