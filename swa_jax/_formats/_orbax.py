@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swa_jax._formats._place import check_absent
+from swa_jax._formats._place import check_absent, hidden_folder
 from swa_jax._formats._tensors import Spec
 from swa_jax.errors import CheckpointError
 
@@ -142,9 +141,9 @@ class _OrbaxWriter:
     def finish(self) -> None:
         """See ``Writer``."""
         tree = jax.tree.map(lambda name: self._arrays[name], self._tree)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._checkpointer.save(self._output.absolute(), tree)
+        with hidden_folder(self._output.absolute()) as folder:
+            self._checkpointer.save(folder / "tree", tree)
+            (folder / "tree").rename(self._output)
 
     def __exit__(self, *error: object) -> None:
         """See ``Writer``."""

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import IO
 
 
@@ -78,6 +79,47 @@ class Draft:
             self._file.close()
         if self._name is not None:
             self._name.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hidden_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder beside the output, gone afterwards.
+
+    Of a process that was killed outright it stays, until the next for this output.
+
+    Raises:
+      FileExistsError: another process is writing this output.
+    """
+    folder = output.parent / f".{output.name}.part"
+    folder.mkdir(exist_ok=True)
+    with _locked(folder, output):
+        try:
+            for path in folder.iterdir():
+                shutil.rmtree(path)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, output: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out, where the system knows locks that die with one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise FileExistsError(
+            f"{output}: another process is writing it, in {folder}; wait, or name "
+            "another output"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}

@@ -10,14 +10,13 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import IO, Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 
-from swa_jax._formats._place import Draft, check_absent
+from swa_jax._formats._place import Draft, check_absent, hidden_folder
 from swa_jax._formats._tensors import Spec
 from swa_jax.errors import CheckpointError
 
@@ -284,17 +283,14 @@ class _ShardsWriter:
 
     def finish(self) -> None:
         """See ``Writer``."""
-        folder = self._output.parent / f".{self._output.name}.part"
-        folder.mkdir()
-        try:
+        with hidden_folder(self._output) as hidden:
+            folder = hidden / "shards"
+            folder.mkdir()
             for file_name, writer in self._drafts.items():
                 writer.finish(folder / file_name)
             text = json.dumps(self._index, indent=2, sort_keys=True)
             (folder / INDEX).write_text(f"{text}\n")
             folder.rename(self._output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def __exit__(self, *error: object) -> None:
         """See ``Writer``."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,18 +81,40 @@ def posthoc_ema(
       Karras et al., CVPR 2024, https://arxiv.org/abs/2312.02696, section 3 and
       appendix C.
     """
+    stored = [Snapshot(*snapshot) for snapshot in snapshots]
+    used, weights = posthoc_weights([each[:2] for each in stored], sigma_rel, step)
+    return soup(_loaded([stored[i] for i in used]), weights)
+
+
+def posthoc_weights(
+    stored: Sequence[tuple[float, float]], sigma_rel: float, step: float
+) -> tuple[list[int], np.ndarray]:
+    """What each stored average counts for in the wanted one.
+
+    Args:
+      stored: the step and the width of each, see ``Snapshot``.
+      sigma_rel: the wanted width.
+      step: the step that it is wanted for.
+
+    Returns:
+      The places of those that are used, and their weights, float64 of the same length,
+      not yet divided by their sum.
+
+    Raises:
+      ValueError, TypeError: see ``posthoc_ema``.
+    """
     sigma = check_sigma("sigma_rel", sigma_rel)
     until = check_number("step", step, 0, math.inf, open_below=True)
-    stored = [_checked(i, *snapshot) for i, snapshot in enumerate(snapshots)]
-    used = [snapshot for snapshot in stored if snapshot.step <= until]
-    _check_enough(used, len(stored), sigma, until)
+    kinds = [_checked(i, *kind) for i, kind in enumerate(stored)]
+    used = [i for i, (found, _) in enumerate(kinds) if found <= until]
+    _check_enough([kinds[i] for i in used], len(kinds), sigma, until)
     weights = _solve(
-        np.array([snapshot.step for snapshot in used]),
-        np.array([gamma_of(snapshot.sigma_rel) for snapshot in used]),
+        np.array([kinds[i][0] for i in used]),
+        np.array([gamma_of(kinds[i][1]) for i in used]),
         until,
         gamma_of(sigma),
     )
-    return soup(_loaded(used), weights)
+    return used, weights
 
 
 def _solve(
@@ -113,38 +135,36 @@ def _products(
     return scale / ((gamma + other_gamma + 1) * np.maximum(t, other_t))
 
 
-def _checked(number: int, step: float, sigma_rel: float, params: PyTree) -> Snapshot:
+def _checked(number: int, step: float, sigma_rel: float) -> tuple[float, float]:
     name = f"snapshots[{number}]"
-    return Snapshot(
+    return (
         check_number(f"{name}.step", step, 0, math.inf, open_below=True),
         check_sigma(f"{name}.sigma_rel", sigma_rel),
-        params,
     )
 
 
 def _check_enough(
-    used: list[Snapshot], stored: int, sigma_rel: float, step: float
+    kinds: list[tuple[float, float]], stored: int, sigma_rel: float, step: float
 ) -> None:
-    if not used:
+    if not kinds:
         raise ValueError(
             f"posthoc_ema: none of {stored} snapshots is of step={step:g} or before; "
             "steps are counted in models averaged, PowerEMAState.num_averaged"
         )
-    kinds = [snapshot[:2] for snapshot in used]
     twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
     if twice is not None:
         raise ValueError(
             f"posthoc_ema: two snapshots have step={twice[0]:g} and sigma_rel="
             f"{twice[1]:g}; pass each once"
         )
-    widths = sorted({snapshot.sigma_rel for snapshot in used})
+    widths = sorted({width for _, width in kinds})
     if len(widths) == 1 and (step, sigma_rel) not in kinds:
         raise ValueError(
             f"posthoc_ema: all snapshots have sigma_rel={widths[0]:g}, of which no "
             f"other width can be made, such as {sigma_rel:g}; store power_ema of two "
             "widths or more"
         )
-    latest = max(snapshot.step for snapshot in used)
+    latest = max(found for found, _ in kinds)
     outside = not widths[0] <= sigma_rel <= widths[-1]
     if outside or latest < step:
         what = (
@@ -153,7 +173,7 @@ def _check_enough(
             if outside
             else f"the latest snapshot is of step {latest:g}, before step={step:g}"
         )
-        warnings.warn(f"posthoc_ema: {what}: less accurate", stacklevel=3)
+        warnings.warn(f"posthoc_ema: {what}: less accurate", stacklevel=4)
 
 
 def _loaded(snapshots: list[Snapshot]) -> Iterator[PyTree]:

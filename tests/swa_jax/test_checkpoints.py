@@ -395,7 +395,6 @@ def assert_orbax(path: pathlib.Path, seeds: list[int], weights=None) -> None:
     assert bits(found) == bits(expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax's, of devices that it was not told
 @pytest.mark.parametrize("weights", [None, [3, 1, -1]], ids=str)
 def test_orbax(tmp_path, weights):
     paths = [orbax(tmp_path / str(i), i) for i in (1, 2, 3)]
@@ -404,7 +403,6 @@ def test_orbax(tmp_path, weights):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3", "mean"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_orbax_manager_and_its_steps(tmp_path):
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         for step in (2, 9, 10):
@@ -418,7 +416,6 @@ def test_orbax_manager_and_its_steps(tmp_path):
     assert_orbax(tmp_path / "c", [9, 10])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_orbax_of_other_models(tmp_path):
     first = orbax(tmp_path / "1", 1)
     with ocp.StandardCheckpointer() as checkpointer:
