@@ -143,7 +143,8 @@ def _check_together(args: Any) -> None:
     """Raises for options that exclude each other, or need another."""
 
     def given(name: str) -> bool:
-        return getattr(args, name[2:].replace("-", "_")) not in (None, False)
+        value = getattr(args, name[2:].replace("-", "_"))
+        return value is not None and value is not False
 
     for names in (
         ("--last", "--best", "--posthoc-sigma"),
