@@ -16,6 +16,7 @@ from swa_jax._placement import (
     is_scattered,
     meet,
     together,
+    unwrapped,
 )
 from swa_jax._states import models_like, with_counters, with_words, words_of
 from swa_jax._validate import check_params, check_sample, shown
@@ -220,6 +221,8 @@ def _run(
     words, leaves = words_of(state), jax.tree.leaves(params)
     targets = None  # as always in a loop, so this is quick
     if not together(words, leaves):
+        leaves = list(map(unwrapped, leaves))
+        params = jax.tree.unflatten(jax.tree.structure(params), leaves)
         like = models_like(plan.kind, state)
         check_params(params, like, caller="update_average")
         words, leaves, targets = meet(words, leaves)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from swa_jax._finding import average_state, holds_average, located
-from swa_jax._placement import beside, is_traced
+from swa_jax._placement import beside, is_traced, unwrapped
 from swa_jax._states import with_counters
 from swa_jax._validate import MAX_COUNT
 from swa_jax.averages.swa import SWAState
@@ -257,7 +257,9 @@ def _as_param(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
     if mean is None and not hasattr(param, "dtype"):
         return param  # a function, say, that was hidden because it is no array
     if not isinstance(param, jax.Array):
-        param = jax.device_put(param)  # explicitly, as a transfer guard demands
+        param = jax.device_put(
+            unwrapped(param)
+        )  # explicitly, as a transfer guard demands
     if mean is None or some is False:
         return jnp.copy(param)
     # A mean spread over devices or kept on the host is gathered here, not before.

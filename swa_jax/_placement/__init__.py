@@ -20,6 +20,7 @@ from swa_jax._placement._kinds import devices_of as devices_of
 from swa_jax._placement._kinds import is_hosted as is_hosted
 from swa_jax._placement._kinds import is_placed as is_placed
 from swa_jax._placement._kinds import is_traced as is_traced
+from swa_jax._placement._kinds import unwrapped as unwrapped
 from swa_jax._placement._meeting import is_scattered as is_scattered
 from swa_jax._placement._meeting import meet as meet
 from swa_jax._placement._meeting import together as together

@@ -31,6 +31,12 @@ def is_placed(x: Any) -> bool:
     return isinstance(x, jax.Array) and not is_traced(x)
 
 
+def unwrapped(x: Any) -> Any:
+    """The array in a variable of another library, such as Keras's; others as is."""
+    array = getattr(x, "__jax_array__", None)
+    return x if array is None else array()
+
+
 def is_traced(x: Any) -> bool:
     """Whether ``x`` is a value inside a trace."""
     return isinstance(x, jax.core.Tracer)

@@ -372,9 +372,11 @@ class _Pass:
                 raise
             raise ValueError(
                 "batch_stats_fn communicates along a mapped axis that is not there: "
-                f"{error}. Pass axis_name= of that pmap, with params, batch_stats and "
-                "batches stacked for its devices, or a model without it: under jax.jit "
-                "with sharded batches statistics are global anyway"
+                f"{str(error).rstrip('.')}. Pass axis_name= of that pmap, with params, "
+                "batch_stats and batches stacked for its devices; or, for batches "
+                "alone that are, wrap the function in jax.vmap(batch_stats_fn, "
+                "(None, None, 0), None, axis_name=...); or a model without it: under "
+                "jax.jit with sharded batches statistics are global anyway"
             ) from error
 
     def _shapes(self, tree: PyTree) -> PyTree:

@@ -556,3 +556,32 @@ def test_bad_input_is_a_value_error_that_says_what_to_do(name):
         call()
     # Nothing was lost.
     np.testing.assert_array_equal([SCALARS["mean"], SCALARS["var"]], [3.0, 2.0])
+
+
+def test_batches_alone_are_stacked_for_the_devices_of_a_mapped_axis():
+    """A model that synchronises along an axis, and parameters that are not stacked."""
+    rng = np.random.default_rng(0)
+    batches = [
+        rng.normal(i, 2, (4, n, 3)).astype(np.float32) for i, n in ((1, 8), (3, 5))
+    ]
+
+    def forward(params, batch_stats, x):
+        mean = jax.lax.pmean((params * x).mean(0), "batch")
+        square = jax.lax.pmean(((params * x) ** 2).mean(0), "batch")
+        new = {"mean": mean, "var": square - mean**2}
+        return jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, batch_stats, new)
+
+    stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"wrap the function in jax.vmap\(batch_st"):
+        swa_jax.recompute_batch_stats(forward, jnp.ones(()), stats, batches)
+    mapped = jax.vmap(forward, (None, None, 0), None, axis_name="batch")
+    found = swa_jax.recompute_batch_stats(
+        mapped,
+        jnp.full((), 2.0),
+        stats,
+        batches,
+        batch_weight=lambda x: x.shape[0] * x.shape[1],
+    )
+    every = 2 * np.concatenate([x.reshape(-1, 3) for x in batches]).astype(np.float64)
+    np.testing.assert_allclose(found["mean"], every.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], every.var(0), rtol=1e-5)

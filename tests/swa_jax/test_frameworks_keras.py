@@ -366,3 +366,23 @@ def test_callback_misuse():
         frameworks.AverageWeights(swa_jax.ema)
     with pytest.raises(TypeError, match=r"swa_jax's.*got float"):
         frameworks.AverageWeights(0.999)
+
+
+# A loop of one's own.
+
+
+@pytest.mark.parametrize("average", [None, swa_jax.ema(0.5, debias=False)])
+def test_variables_of_a_model_may_be_averaged_as_they_are(average):
+    model = make(norms=False)
+    variables = model.trainable_variables
+    state, models = swa_jax.init_average(variables, average), []
+    for i in range(3):
+        for v in variables:
+            v.assign(np.array(v.value) + i)
+        models.append([f64(x) for x in numpy(variables)])
+        state = swa_jax.update_average(state, variables, average)
+    if average is None:
+        wanted = mean_of(models)
+    else:
+        wanted = [a / 4 + b / 4 + c / 2 for a, b, c in zip(*models, strict=True)]
+    assert_close(swa_jax.averaged_params(state, variables), wanted)
