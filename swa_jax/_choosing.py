@@ -67,7 +67,8 @@ def numbered(inputs: Sequence[pathlib.Path]) -> list[Found]:
         if not each.exists():
             raise FileNotFoundError(f"{each}: there is no such file or directory")
         for path in _inside(each):
-            if numbers := _NUMBER.findall(path.stem):
+            name = path.stem if path.suffix in _SUFFIXES else path.name
+            if numbers := _NUMBER.findall(name):
                 found.append(Found(int(numbers[-1]), path, source))
     return sorted(found)
 

@@ -1,9 +1,12 @@
 """``average_checkpoints()``: a soup of models that lie on disk."""
 
+import collections
 import contextlib
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -37,10 +40,13 @@ def average_checkpoints(
     (counters, masks) are those of the last checkpoint.
 
     Formats: safetensors, a file or a directory with ``model.safetensors`` or with
-    Hugging Face's shards and index; Orbax, a step's directory or the root of a
+    Hugging Face's shards and index; msgpack of ``flax.serialization.to_bytes``, or a
+    directory with ``flax_model.msgpack``; Orbax, a step's directory or the root of a
     ``CheckpointManager``, whose latest step is taken (extra ``checkpoints``; tensors
     are read whole, one at a time, and the output waits on disk twice until it is
-    written). The output is of the first one's kind.
+    written). The output is of the first one's kind. Numbers of Python's in msgpack are
+    tensors of int64 and float64, whatever else there is (text, ``None``) is the first
+    checkpoint's.
 
     Args:
       paths: the checkpoints, alike in their tensors.
@@ -95,6 +101,8 @@ def average_checkpoints(
     kept = None if dtype is None else check_floating("dtype", dtype)
     with contextlib.ExitStack() as opened:
         checkpoints = [_opened(path, opened) for path in inputs]
+        # One thread, which leaves the files before they are closed.
+        reader = opened.enter_context(futures.ThreadPoolExecutor(1))
         names = _chosen(checkpoints[0], keys)
         for checkpoint in checkpoints[1:]:
             _check_alike(checkpoint, checkpoints[0], names, kept is not None)
@@ -102,7 +110,7 @@ def average_checkpoints(
         writer = opened.enter_context(checkpoints[0].writer(target, specs))
         done, total = 0, sum(spec.nbytes for spec in specs.values())
         for name, spec in specs.items():
-            writer.write(name, _averaged(checkpoints, name, spec, weights))
+            writer.write(name, _averaged(reader, checkpoints, name, spec, weights))
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
@@ -174,56 +182,82 @@ def _kept_as(spec: Spec, dtype: np.dtype | None) -> Spec:
 
 
 def _averaged(
+    reader: futures.Executor,
     checkpoints: list[Checkpoint],
     name: str,
     spec: Spec,
     weights: Sequence[float] | None,
 ) -> Iterator[np.ndarray]:
     """The pieces of one tensor."""
-    step = max(1, _BLOCK // max(spec.dtype.itemsize, 4))
+    step, ahead = max(1, _BLOCK // max(spec.dtype.itemsize, 4)), 2
     if not all(checkpoint.in_pieces for checkpoint in checkpoints):
-        step = max(spec.size, 1)
-    for start in range(0, spec.size, step):
-        stop = min(start + step, spec.size)
+        step, ahead = max(spec.size, 1), 0
+    blocks = [
+        (start, min(start + step, spec.size)) for start in range(0, spec.size, step)
+    ]
+    sources = checkpoints if is_averaged(spec.dtype) else checkpoints[-1:]
+    pieces = _read(reader, sources, name, blocks, ahead)
+    for start, stop in blocks:
         if not is_averaged(spec.dtype):
-            yield checkpoints[-1].read(name, start, stop)
+            yield next(pieces)
             continue
-        block = _mean(checkpoints, name, start, stop, weights).astype(spec.dtype)
+        mine = itertools.islice(pieces, len(checkpoints))
+        block = _mean(mine, stop - start, checkpoints, name, weights)
+        block = block.astype(spec.dtype, copy=False)
         if not np.isfinite(block).all():
-            raise NonFiniteError(_not_finite(checkpoints, name, start, stop))
+            again = _read(reader, checkpoints, name, [(start, stop)], 0)
+            raise NonFiniteError(_not_finite(checkpoints, name, start, again))
         yield block
 
 
-def _mean(
+def _read(
+    reader: futures.Executor,
     checkpoints: list[Checkpoint],
     name: str,
-    start: int,
-    stop: int,
+    blocks: list[tuple[int, int]],
+    ahead: int,
+) -> Iterator[np.ndarray]:
+    """Block by block from all checkpoints; the next ones while one is being used."""
+    waiting: collections.deque[futures.Future[np.ndarray]] = collections.deque()
+    for block, checkpoint in itertools.product(blocks, checkpoints):
+        waiting.append(reader.submit(checkpoint.read, name, *block))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _mean(
+    pieces: Iterator[np.ndarray],
+    length: int,
+    checkpoints: list[Checkpoint],
+    name: str,
     weights: Sequence[float] | None,
 ) -> np.ndarray:
     # Few sizes, for each is compiled: powers of two, filled up with zeros. Not of what
     # is large, and read as a whole.
-    size = stop - start
-    if size <= _BLOCK:
-        size = 1 << (size - 1).bit_length()
+    size = 1 << (length - 1).bit_length() if length <= _BLOCK else length
 
-    def pieces() -> Iterator[np.ndarray]:
-        for checkpoint in checkpoints:
-            piece = checkpoint.read(name, start, stop)
-            filler = np.zeros(size - len(piece), piece.dtype)
-            yield np.concatenate([piece, filler]) if filler.size else piece
+    def filled(piece: np.ndarray) -> np.ndarray:
+        filler = np.zeros(size - len(piece), piece.dtype)
+        return np.concatenate([piece, filler]) if filler.size else piece
 
     wide = any(
         checkpoint.tensors[name].dtype.name == "float64" for checkpoint in checkpoints
     )
     with jax.enable_x64(wide), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        mean, _ = mean_of(pieces(), weights)
-        return np.asarray(mean)[: stop - start]
+        mean, _ = mean_of(map(filled, pieces), weights)
+        return np.asarray(mean)[:length]
 
 
-def _not_finite(checkpoints: list[Checkpoint], name: str, start: int, stop: int) -> str:
-    for checkpoint in checkpoints:
-        bad = np.flatnonzero(~np.isfinite(checkpoint.read(name, start, stop)))
+def _not_finite(
+    checkpoints: list[Checkpoint],
+    name: str,
+    start: int,
+    pieces: Iterator[np.ndarray],
+) -> str:
+    for checkpoint, piece in zip(checkpoints, pieces, strict=True):
+        bad = np.flatnonzero(~np.isfinite(piece))
         if bad.size:
             return (
                 f"{checkpoint.path}: the tensor {name!r} has a NaN or an infinity, at "
