@@ -87,11 +87,10 @@ def _counted(inputs: Sequence[pathlib.Path], option: str, count: int) -> list[Fo
 
 def _inside(path: pathlib.Path) -> list[pathlib.Path]:
     """A checkpoint, or those in a directory that is none itself."""
-    whole = ("_METADATA", "model.safetensors*", "flax_model.msgpack")
+    orbax = ("_METADATA", "_CHECKPOINT_METADATA")  # of a tree, and of a step of several
+    whole = (*orbax, "model.safetensors*", "flax_model.msgpack")
     if not path.is_dir() or any(any(path.glob(name)) for name in whole):
         return [path]
-    if any(path.glob("*/_METADATA")) and not any(path.glob("[0-9]*/_METADATA")):
-        return [path]  # a step of Orbax, with its items
     return [each for each in path.iterdir() if _may_be_one(each)]
 
 

@@ -183,6 +183,16 @@ def test_best_of_an_orbax_manager(tmp_path, capsys):
     assert "metrics/metrics: has no metric 'loss'; it has acc" in said
 
 
+def test_trees_of_orbax_in_a_directory(tmp_path):
+    for step in (8, 9, 10):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "run" / f"weights.{step}", tree(step))
+    out = tmp_path / "out"
+    assert run(out, tmp_path / "run", "--last", 2) == 0
+    with ocp.StandardCheckpointer() as checkpointer:
+        np.testing.assert_array_equal(checkpointer.restore(out)["own"], [9.5, 9.5])
+
+
 def test_directories_with_their_metrics(tmp_path):
     for step, accuracy in ACCURACIES.items():
         folder = tmp_path / "run" / f"checkpoint-{step}"
