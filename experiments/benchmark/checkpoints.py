@@ -17,18 +17,20 @@ _KINDS = ("safetensors", "msgpack", "orbax")
 #: Both in a process of their own; the first tells its peak of memory, Python and JAX
 #: included.
 _AVERAGE = """
-import json, pathlib, re, sys, time
+import json, pathlib, re, sys, threading, time
 import swa_jax
 folder, tiny, *paths = map(pathlib.Path, sys.argv[1:])
-def peak():  # not getrusage's, which begins with the parent's
-    status = pathlib.Path("/proc/self/status")
-    text = status.read_text() if status.exists() else ""
-    found = re.search(r"VmHWM:\\s+(\\d+) kB", text)
-    return 1024 * int(found[1]) if found else 0
+status, peak = pathlib.Path("/proc/self/status"), [0]
+def watch():  # its own memory, without files that are mapped into it
+    while status.exists():
+        found = re.search(r"RssAnon:\\s+(\\d+) kB", status.read_text())
+        peak[0] = max(peak[0], 1024 * int(found[1]))
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
 swa_jax.average_checkpoints([tiny] * 2, folder / "small")
 start = time.perf_counter()
 swa_jax.average_checkpoints(paths, folder / "out")
-print(json.dumps([time.perf_counter() - start, peak()]))
+print(json.dumps([time.perf_counter() - start, peak[0]]))
 """
 #: The same bytes read, and as many written.
 _COPY = """

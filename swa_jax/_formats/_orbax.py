@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -89,7 +89,15 @@ class OrbaxStep:
         """See ``Checkpoint``."""
         leaves = [name if name in specs else None for name in self.tensors]
         tree = _pruned(self._treedef.unflatten(leaves))
-        return _OrbaxWriter(output, specs, tree, self._checkpointer)
+        return _OrbaxWriter(output, specs, tree, self._saving)
+
+    def _saving(self, specs: dict[str, Spec]) -> Any:
+        """A checkpointer that has little more than the largest tensor in memory."""
+        largest = max(spec.nbytes for spec in specs.values())
+        handler = self._orbax.PyTreeCheckpointHandler(
+            save_concurrent_gb=math.ceil(largest / 1e9) or 1
+        )
+        return self._orbax.Checkpointer(handler)
 
     def close(self) -> None:
         """See ``Checkpoint``."""
@@ -109,7 +117,11 @@ class _OrbaxWriter:
     """Writes a tree of the first checkpoint's structure."""
 
     def __init__(
-        self, output: pathlib.Path, specs: dict[str, Spec], tree: Any, checkpointer: Any
+        self,
+        output: pathlib.Path,
+        specs: dict[str, Spec],
+        tree: Any,
+        checkpointer: Callable[[dict[str, Spec]], Any],
     ) -> None:
         self._output, self._specs, self._tree = output, specs, tree
         self._checkpointer = checkpointer
@@ -140,14 +152,23 @@ class _OrbaxWriter:
 
     def finish(self) -> None:
         """See ``Writer``."""
-        tree = jax.tree.map(lambda name: self._arrays[name], self._tree)
+        tree = jax.tree.map(lambda name: _as_jax(self._arrays[name]), self._tree)
         with hidden_folder(self._output.absolute()) as folder:
-            self._checkpointer.save(folder / "tree", tree)
+            with self._checkpointer(self._specs) as checkpointer:
+                checkpointer.save(folder / "tree", tree)
             (folder / "tree").rename(self._output)
 
     def __exit__(self, *error: object) -> None:
         """See ``Writer``."""
         self._file.close()
+
+
+def _as_jax(x: np.ndarray) -> Any:
+    """The same memory as JAX's array, of which Orbax makes no copy before it writes."""
+    if not x.size or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        return x
+    cpu = jax.local_devices(backend="cpu")[0]
+    return jax.device_put(x, cpu, may_alias=True)
 
 
 def _name(key: Any) -> str:

@@ -210,13 +210,12 @@ SLOW = """
 import sys, time
 from swa_jax import __main__ as command
 import orbax.checkpoint as ocp
-save = ocp.PyTreeCheckpointer.save
 def slow(self, path, tree):
     path.mkdir()
     (path / "half").write_text("")
     print("writing", flush=True)
     time.sleep(60)
-ocp.PyTreeCheckpointer.save = slow
+ocp.Checkpointer.save = slow
 exec(compile(open(command.__file__).read(), command.__file__, "exec"))
 """
 
