@@ -31,7 +31,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "h": checkpoints,
     "p": profile,
 }
-#: What runs unless something else was asked for: h needs 12 GB of disk, p is a profile.
+#: What runs unless something else was asked for: h needs 14 GB of disk, p is a profile.
 _USUAL = tuple(letter for letter in SECTIONS if letter not in "hp")
 
 

@@ -26,7 +26,7 @@ class Options:
     """Their height and width."""
 
     only: tuple[Literal["a", "b", "c", "d", "e", "f", "g", "h", "p"], ...] = ()
-    """Sections to run, by letter. Empty: all but h (12 GB of disk) and p."""
+    """Sections to run, by letter. Empty: all but h (14 GB of disk) and p."""
 
     checkpoint_bytes: int = 2_000_000_000
     """Size of each of the four checkpoints of section h."""
