@@ -21,9 +21,10 @@ def with_batch_stats(
 
     The average is then one of ``{"params": params, "batch_stats": batch_stats}``. All
     of ``average`` holds for both: when a model enters, with which weight, and in which
-    dtype. Averaged statistics are not those of the averaged weights, only close to
-    them, and as noisy as training's: ``recompute_batch_stats`` gives the right ones
-    for a pass over data. This needs none, and suits evaluation at every step.
+    dtype. Averaged statistics are not those of the averaged weights: how close they
+    come depends on the momentum of the running statistics, which should follow faster
+    than the average. ``recompute_batch_stats`` gives the right ones, for a pass over
+    data; this needs none, and suits scores on the way.
 
     In a loop it is not needed: give ``init_average`` and ``update_average`` the tree
     of both.
