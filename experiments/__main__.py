@@ -5,19 +5,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-try:
-    import rich.console
-    import tyro
+import tyro
 
-    from experiments import configs, processes
-    from experiments.compare import train_and_evaluate
-    from experiments.errors import StoppedError, explanation
-    from experiments.results import config_dict
-    from experiments.settings import Config
-    from experiments.tune import tune
-except KeyboardInterrupt:  # all these take seconds
-    print("interrupted", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+from experiments import configs
+from experiments.errors import StoppedError, explanation
+from experiments.settings import Config
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -52,16 +44,24 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config) -> None:
+    # Not before the arguments are read: JAX, Flax and all else take seconds.
+    import rich.console
+
+    from experiments import compare, processes, tune
+    from experiments.results import config_dict
+
     with processes.job(config.cluster):
         processes.check_settings(config_dict(config))
         console = rich.console.Console(quiet=not processes.is_main())
         if config.tune:
-            tune(config, console)
+            tune.tune(config, console)
         else:
-            train_and_evaluate(config, console)
+            compare.train_and_evaluate(config, console)
 
 
 def _complain(text: str) -> None:
+    from experiments import processes
+
     if processes.is_main():
         print(text, file=sys.stderr)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import __main__, configs, data
+from experiments import __main__, compare, configs, data, tune
 from experiments.errors import StorageError
 
 # As in the fixture `tiny`, through the command line.
@@ -110,7 +110,7 @@ def test_digits_end_to_end(run, capsys):
 
 def test_tune_flag_tunes(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(__main__, "tune", lambda config, console: seen.append(config))
+    monkeypatch.setattr(tune, "tune", lambda config, console: seen.append(config))
     assert __main__.main([*TINY, "--tune", "--swa-lr", "0.3"]) == 0
     (config,) = seen
     assert config == dataclasses.replace(
@@ -155,7 +155,7 @@ def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
     def fail(config, console):
         raise kind("what to do")
 
-    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    monkeypatch.setattr(compare, "train_and_evaluate", fail)
     assert __main__.main(["fashion_mnist"]) == 1
     assert capsys.readouterr().err == "error: what to do\n"
 
@@ -178,7 +178,7 @@ def test_path_that_cannot_be_used_is_named_in_one_line(
     def fail(config, console):
         raise error
 
-    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    monkeypatch.setattr(compare, "train_and_evaluate", fail)
     assert __main__.main(["digits"]) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"error: {shown}")
@@ -190,7 +190,7 @@ def test_mistakes_of_the_program_keep_their_traceback(error, monkeypatch):
     def fail(config, console):
         raise error
 
-    monkeypatch.setattr(__main__, "train_and_evaluate", fail)
+    monkeypatch.setattr(compare, "train_and_evaluate", fail)
     with pytest.raises(type(error)):
         __main__.main(["digits"])
 
@@ -199,7 +199,7 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
     def interrupt(config, console):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__, "train_and_evaluate", interrupt)
+    monkeypatch.setattr(compare, "train_and_evaluate", interrupt)
     assert __main__.main(["digits"]) == 130
     message = capsys.readouterr().err
     assert message.startswith("interrupted; ")
@@ -227,3 +227,20 @@ def test_help_lists_the_experiments():
     for name in configs.EXPERIMENTS:
         assert f"• {name} " in shown
     assert "python -m experiments" in shown
+
+
+def test_arguments_are_read_before_anything_heavy_is_imported():
+    """Help and typos are answered at once: JAX and all else take seconds."""
+    script = (
+        "import sys, experiments.__main__ as main\n"
+        "try:\n"
+        "    main.main(['digits', '--help'])\n"
+        "finally:\n"
+        "    heavy = {'jax', 'numpy', 'flax', 'optax', 'scipy', 'tensorboard'}\n"
+        "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "[]\n")
+    assert "--swa-lr" in found.stdout
