@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import pathlib
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -18,7 +18,8 @@ from experiments.benchmark.importing import import_time
 from experiments.benchmark.measuring import Line, Options, jax_threads
 from experiments.benchmark.peers import peers
 from experiments.benchmark.training import compile_time, training_steps
-from experiments.files import write_json
+from experiments.jobs.results import processor
+from experiments.runtime.files import write_json
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "a": training_steps,
@@ -37,13 +38,8 @@ _USUAL = tuple(letter for letter in SECTIONS if letter not in "hp")
 
 def machine() -> str:
     """This machine in a line."""
-    model = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
     return (
-        f"{jax_threads()} cores of {model}, Python {platform.python_version()}, "
+        f"{jax_threads()} cores of {processor()}, Python {platform.python_version()}, "
         f"jax {jax.__version__}, backend {jax.default_backend()}"
     )
 
@@ -59,8 +55,9 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main(options: Options) -> None:
-    """Measure, print, and write what was asked for."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what the command line asks for."""
+    options = tyro.cli(Options, prog="python -m experiments benchmark", args=args)
     console = rich.console.Console()
     console.print(machine())
     lines = []
@@ -76,7 +73,8 @@ def main(options: Options) -> None:
             "lines": [dataclasses.asdict(line) for line in lines],
         }
         write_json(options.output, content)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m experiments.benchmark"))
+    sys.exit(main())

@@ -21,7 +21,7 @@ from experiments.benchmark.measuring import (
     jax_threads,
     take_turns,
 )
-from experiments.models import STAGES, ResNet
+from experiments.models.resnet import IMAGENET, STAGES, ResNet
 
 
 class Convolutions(nn.Module):
@@ -88,7 +88,7 @@ def batch_norm_pass(options: Options) -> Iterator[Line]:
     """(d) The pass against forward passes over the same batches, an image each."""
     # Many small batches: what the pass does only in the first must not count much.
     batches = random_batches(options, 40, max(1, options.batch_size // 4))
-    actions = forward_passes(ResNet(STAGES["resnet50"]), batches)
+    actions = forward_passes(ResNet(STAGES[50], data=IMAGENET), batches)
     seconds = take_turns(actions, max(3, options.rounds // 3))
     images = sum(map(len, batches))
     milliseconds = 1e3 * statistics.median(seconds["pass"]) / images

@@ -21,7 +21,7 @@ from experiments.benchmark.measuring import (
     in_turn,
     take_turns,
 )
-from experiments.models import STAGES, ResNet
+from experiments.models.resnet import IMAGENET, STAGES, ResNet
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Training:
         """Create parameters and data; compile nothing yet."""
         side = self.options.image_size
         rng = np.random.default_rng(0)
-        self.model = ResNet(STAGES["resnet50"])
+        self.model = ResNet(STAGES[50], data=IMAGENET)
         self.images = jnp.asarray(
             rng.normal(size=(self.options.batch_size, side, side, 3)), jnp.float32
         )

@@ -2,11 +2,21 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import tyro
+
+from experiments.data.dataset import Inputs
+
+# What a network computes in; parameters and averages stay float32.
+Dtype = Literal["float32", "bfloat16"]
+# Filled in by `build`, not by a user.
+Data = Annotated[Inputs, tyro.conf.Suppress]
+AxisName = Annotated[str | None, tyro.conf.Suppress]
+NO_DATA = Inputs((), 0)
 
 # He et al., arXiv:1502.01852, by the outputs of a convolution.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -14,20 +24,17 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def normalise(
-    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
-) -> jax.Array:
+def normalise(images: jax.Array, data: Inputs, dtype: Any) -> jax.Array:
     """Raw pixels in units of the data's deviation from its mean.
 
     Args:
         images: [batch, height, width, channels], of any real dtype.
-        mean: Of each channel, or one for all, in raw pixels.
-        std: Likewise.
+        data: Tells mean and deviation of each channel, or one for all.
         dtype: Of the result; the arithmetic is float32.
     """
     channels = 1, 1, 1, -1
-    x = images.astype(jnp.float32) - jnp.array(mean).reshape(channels)
-    return (x / jnp.array(std).reshape(channels)).astype(dtype)
+    x = images.astype(jnp.float32) - jnp.array(data.pixel_mean).reshape(channels)
+    return (x / jnp.array(data.pixel_std).reshape(channels)).astype(dtype)
 
 
 def batch_norm(

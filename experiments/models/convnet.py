@@ -1,12 +1,11 @@
 """A small convolutional network with BatchNorm."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import batch_norm
+from experiments.models.common import NO_DATA, AxisName, Data, Dtype, batch_norm
+from experiments.runtime.checks import ALL_AT_LEAST_1, check, check_settings
 
 
 class ConvNet(nn.Module):
@@ -18,19 +17,27 @@ class ConvNet(nn.Module):
     Attributes:
         widths: Channels of each convolution.
         strides: Stride of each convolution.
-        pixel_max: Largest raw pixel value; inputs are scaled to [-0.5, 0.5].
-        num_classes: Number of logits.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for; inputs are scaled to [-0.5, 0.5].
         axis_name: Mapped axis over which BatchNorm averages its moments, under
             `jax.pmap` or `jax.shard_map`. None: those of the rows at hand.
     """
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
-    pixel_max: int
-    num_classes: int = 10
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
+
+    def __post_init__(self) -> None:
+        """Reject sizes that do not fit together."""
+        check_settings(self, ALL_AT_LEAST_1, "widths", "strides")
+        check(
+            len(self.widths) == len(self.strides) > 0,
+            f"widths is {self.widths} and strides is {self.strides}; give one of"
+            " each for every convolution, and at least one.",
+        )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -41,7 +48,7 @@ class ConvNet(nn.Module):
             train: Normalise by the batch's statistics and update the running
                 ones (collection `batch_stats`), instead of reading those.
         """
-        x = images.astype(jnp.float32) / self.pixel_max - 0.5
+        x = images.astype(jnp.float32) / self.data.pixel_max - 0.5
         norm = batch_norm(train, self.dtype, self.axis_name)
         for width, stride in zip(self.widths, self.strides, strict=True):
             # BatchNorm subtracts the mean, so a bias before it would do nothing.
@@ -50,4 +57,6 @@ class ConvNet(nn.Module):
             )(x)
             x = norm()(x)
             x = nn.relu(x)
-        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+        return nn.Dense(self.data.num_classes)(
+            jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        )

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from experiments.models.common import NO_DATA, AxisName, Data, Dtype
 
 PyTree = Any
 
@@ -40,8 +42,8 @@ class _Module(nnx.Module):
             )
             channels = width
         self.convolutions, self.norms = nnx.List(convolutions), nnx.List(norms)
-        self.head = nnx.Linear(channels, settings.num_classes, rngs=rngs)
-        self.pixel_max = settings.pixel_max
+        self.head = nnx.Linear(channels, settings.data.num_classes, rngs=rngs)
+        self.pixel_max = settings.data.pixel_max
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = images.astype(jnp.float32) / self.pixel_max - 0.5
@@ -61,18 +63,20 @@ class NnxConvNet:
     Attributes:
         widths: Channels of each convolution.
         strides: Stride of each convolution.
-        pixel_max: Largest raw pixel value; inputs are scaled to [-0.5, 0.5].
-        num_classes: Number of logits.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for; inputs are scaled to [-0.5, 0.5].
         axis_name: Mapped axis over which BatchNorm averages its moments.
     """
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
-    pixel_max: int
-    num_classes: int = 10
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
+
+    def clone(self, **changes: Any) -> Self:
+        """The same with other attributes, as linen modules have it."""
+        return dataclasses.replace(self, **changes)
 
     def _make(self, inputs: jax.Array) -> Callable[[jax.Array], _Module]:
         return lambda key: _Module(self, inputs.shape[-1], nnx.Rngs(params=key))

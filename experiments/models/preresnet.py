@@ -7,13 +7,16 @@ models/preresnet.py).
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments.models.common import (
+    NO_DATA,
+    AxisName,
+    Data,
+    Dtype,
     batch_norm,
     he_normal_fan_out,
     normalise,
@@ -45,19 +48,15 @@ class PreResNet(nn.Module):
     Attributes:
         depth: Number of convolutions in sequence and the head: 9 n + 2, such as 110 or
             164.
-        num_classes: Number of logits.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for.
         axis_name: Mapped axis over which BatchNorm averages its moments.
-        pixel_mean: Of each channel of the raw images.
-        pixel_std: Likewise.
     """
 
     depth: int
-    num_classes: int = 10
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
-    pixel_mean: tuple[float, ...] = (0.0,)
-    pixel_std: tuple[float, ...] = (1.0,)
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -85,7 +84,7 @@ class PreResNet(nn.Module):
             padding="SAME_LOWER",
         )
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        x = normalise(images, self.data, self.dtype)
         x = conv(16, (3, 3))(x)
         for stage in range(3):
             for block in range(blocks):
@@ -93,4 +92,4 @@ class PreResNet(nn.Module):
                 x = _Bottleneck(16 * 2**stage, stride, conv, norm)(x)
         x = nn.relu(norm()(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=torch_uniform)(x)
+        return nn.Dense(self.data.num_classes, kernel_init=torch_uniform)(x)

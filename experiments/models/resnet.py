@@ -8,20 +8,26 @@ that every block starts as the identity.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import batch_norm, he_normal_fan_out, normalise
+from experiments.data.dataset import Inputs
+from experiments.models.common import (
+    NO_DATA,
+    AxisName,
+    Data,
+    Dtype,
+    batch_norm,
+    he_normal_fan_out,
+    normalise,
+)
 
-#: Bottlenecks per stage, by the name of the network.
-STAGES = {
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-}
+#: Bottlenecks per stage, by the depth of the network.
+STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+#: What it is made for, raw pixels left as they are.
+IMAGENET = Inputs((224, 224, 3), 1000)
 
 
 class Bottleneck(nn.Module):
@@ -61,21 +67,17 @@ class ResNet(nn.Module):
 
     Attributes:
         stages: Bottlenecks per stage, see `STAGES`.
-        num_classes: Number of logits.
-        dtype: Dtype to compute in, jnp.bfloat16 on accelerators.
-        momentum: Of BatchNorm's running statistics.
+        dtype: What it computes in; parameters and averages stay float32.
+        norm_momentum: Of BatchNorm's running statistics.
+        data: What it is made for.
         axis_name: Mapped axis over which BatchNorm averages its moments.
-        pixel_mean: Of each channel of the raw images.
-        pixel_std: Likewise.
     """
 
     stages: tuple[int, ...]
-    num_classes: int = 1000
-    dtype: Any = jnp.float32
-    momentum: float = 0.9
-    axis_name: str | None = None
-    pixel_mean: tuple[float, ...] = (0.0,)
-    pixel_std: tuple[float, ...] = (1.0,)
+    dtype: Dtype = "float32"
+    norm_momentum: float = 0.9
+    data: Data = NO_DATA
+    axis_name: AxisName = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -95,8 +97,8 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             kernel_init=he_normal_fan_out,
         )
-        norm = batch_norm(train, self.dtype, self.axis_name, self.momentum)
-        x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        norm = batch_norm(train, self.dtype, self.axis_name, self.norm_momentum)
+        x = normalise(images, self.data, self.dtype)
         x = conv(64, (7, 7), (2, 2), name="stem")(x)
         x = nn.relu(norm(name="stem_norm")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
@@ -105,4 +107,6 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(64 * 2**stage, stride, conv, norm)(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))(x)
+        return nn.Dense(
+            self.data.num_classes, kernel_init=nn.initializers.normal(0.01)
+        )(x)

@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.common import NO_DATA, AxisName, Data, Dtype
+from experiments.runtime.checks import AT_LEAST_1, SHARE, check, check_settings
+
 _normal = nn.initializers.normal(0.02)
 
 
@@ -47,23 +50,34 @@ class Transformer(nn.Module):
     """Token and position embeddings, blocks, a dense head.
 
     Attributes:
-        vocab_size: Number of tokens, and of logits.
-        context: Longest row.
         layers: Number of blocks.
         heads: Attention heads of a block; they divide `width`.
         width: Features of a token.
         dropout: Share of activations dropped in training, which needs
             `rngs={"dropout": key}`.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for: the number of tokens, and the longest row.
+        axis_name: Unused: nothing here is synchronised.
     """
 
-    vocab_size: int
-    context: int
     layers: int
     heads: int
     width: int
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
+
+    def __post_init__(self) -> None:
+        """Reject sizes that do not fit together."""
+        check_settings(self, AT_LEAST_1, "layers", "heads", "width")
+        check_settings(self, SHARE, "dropout")
+        check(
+            self.width % self.heads == 0,
+            f"width is {self.width} with heads={self.heads}; each head takes an"
+            " equal part of the features.",
+        )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
@@ -76,17 +90,18 @@ class Transformer(nn.Module):
         Raises:
             ValueError: The rows are longer than `context`.
         """
+        (context,), vocabulary = self.data.shape, self.data.num_classes
         length = tokens.shape[1]
-        if length > self.context:
+        if length > context:
             raise ValueError(
                 f"tokens has rows of {length}; this network's context is"
-                f" {self.context}. Cut the rows, or build it with a longer context."
+                f" {context}. Cut the rows, or build it with a longer context."
             )
         tokens = tokens.astype(jnp.int32)
         embed = nn.Embed(
-            self.vocab_size, self.width, dtype=self.dtype, embedding_init=_normal
+            vocabulary, self.width, dtype=self.dtype, embedding_init=_normal
         )
-        positions = self.param("positions", _normal, (self.context, self.width))
+        positions = self.param("positions", _normal, (context, self.width))
         x = embed(tokens) + positions[None, :length].astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         mask = nn.make_causal_mask(tokens)
@@ -96,4 +111,4 @@ class Transformer(nn.Module):
                 x, mask, train
             )
         x = nn.LayerNorm(dtype=self.dtype)(x).astype(jnp.float32)
-        return nn.Dense(self.vocab_size, kernel_init=_normal)(x)
+        return nn.Dense(vocabulary, kernel_init=_normal)(x)

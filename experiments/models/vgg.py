@@ -4,18 +4,24 @@ Simonyan and Zisserman, arXiv:1409.1556, configuration D, with a classifier of 5
 features for images of 32x32 (github.com/timgaripov/swa, models/vgg.py).
 """
 
-from typing import Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import tyro
 
 from experiments.models.common import (
+    NO_DATA,
+    AxisName,
+    Data,
+    Dtype,
     batch_norm,
     he_normal_fan_out,
     normalise,
     torch_uniform,
 )
+from experiments.runtime.checks import SHARE, check_settings
 
 #: Channels of the convolutions between two poolings.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -26,22 +32,23 @@ class VGG16(nn.Module):
 
     Attributes:
         batch_norm: Whether BatchNorm follows each convolution.
-        num_classes: Number of logits.
         dropout: Share of the classifier's activations dropped in training, which needs
             `rngs={"dropout": key}`.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for.
         axis_name: Mapped axis over which BatchNorm averages its moments.
-        pixel_mean: Of each channel of the raw images.
-        pixel_std: Likewise.
     """
 
-    batch_norm: bool
-    num_classes: int = 10
+    batch_norm: Annotated[bool, tyro.conf.Suppress]
     dropout: float = 0.5
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
-    pixel_mean: tuple[float, ...] = (0.0,)
-    pixel_std: tuple[float, ...] = (1.0,)
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
+
+    def __post_init__(self) -> None:
+        """Reject shares that are none."""
+        check_settings(self, SHARE, "dropout")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -52,7 +59,7 @@ class VGG16(nn.Module):
             train: Drop activations, normalise by the batch's statistics and update the
                 running ones (collection `batch_stats`), instead of reading those.
         """
-        x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        x = normalise(images, self.data, self.dtype)
         norm = batch_norm(train, self.dtype, self.axis_name)
         for widths in STAGES:
             for width in widths:
@@ -68,6 +75,6 @@ class VGG16(nn.Module):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = nn.Dense(512, dtype=self.dtype, kernel_init=torch_uniform)(x)
             x = nn.relu(x)
-        return nn.Dense(self.num_classes, kernel_init=torch_uniform)(
+        return nn.Dense(self.data.num_classes, kernel_init=torch_uniform)(
             x.astype(jnp.float32)
         )

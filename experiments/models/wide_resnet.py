@@ -7,13 +7,20 @@ block strides in its second one.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.common import batch_norm, normalise, torch_uniform
+from experiments.models.common import (
+    NO_DATA,
+    AxisName,
+    Data,
+    Dtype,
+    batch_norm,
+    normalise,
+    torch_uniform,
+)
 
 # Glorot and Bengio 2010, uniform, scaled for ReLU.
 _xavier_uniform = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
@@ -45,22 +52,18 @@ class WideResNet(nn.Module):
     Attributes:
         depth: Number of convolutions in sequence and the head: 6 n + 4, such as 28.
         widen: Factor on the stages' 16, 32 and 64 channels.
-        num_classes: Number of logits.
         dropout: Share of activations dropped between a block's convolutions.
-        dtype: Dtype to compute in.
+        dtype: What it computes in; parameters and averages stay float32.
+        data: What it is made for.
         axis_name: Mapped axis over which BatchNorm averages its moments.
-        pixel_mean: Of each channel of the raw images.
-        pixel_std: Likewise.
     """
 
     depth: int = 28
     widen: int = 10
-    num_classes: int = 10
     dropout: float = 0.0
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
-    pixel_mean: tuple[float, ...] = (0.0,)
-    pixel_std: tuple[float, ...] = (1.0,)
+    dtype: Dtype = "float32"
+    data: Data = NO_DATA
+    axis_name: AxisName = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -84,7 +87,7 @@ class WideResNet(nn.Module):
             nn.Conv, dtype=self.dtype, kernel_init=_xavier_uniform, padding="SAME_LOWER"
         )
         norm = batch_norm(train, self.dtype, self.axis_name)
-        x = normalise(images, self.pixel_mean, self.pixel_std, self.dtype)
+        x = normalise(images, self.data, self.dtype)
         x = conv(16, (3, 3))(x)
         for stage in range(3):
             for block in range(blocks):
@@ -93,4 +96,4 @@ class WideResNet(nn.Module):
                 x = _WideBlock(width, stride, self.dropout, train, conv, norm)(x)
         x = nn.relu(norm()(x))
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=torch_uniform)(x)
+        return nn.Dense(self.data.num_classes, kernel_init=torch_uniform)(x)

@@ -233,11 +233,11 @@ def _params(shapes: Shapes, dtype: Any, where: Layout) -> dict[str, Any]:
 
 def compile_training(devices: Devices, tx: Any = SWA) -> Report:
     """ResNet-50's training step, data parallel, 256 images in bfloat16."""
-    from experiments.models import STAGES, ResNet
+    from experiments.models.resnet import IMAGENET, STAGES, ResNet
 
     mesh = mesh_of(devices)
     everywhere = replicated(mesh)
-    model = ResNet(STAGES["resnet50"], dtype=jnp.bfloat16)
+    model = ResNet(STAGES[50], dtype="bfloat16", data=IMAGENET)
     tx = optax.chain(optax.add_decayed_weights(1e-4), tx)
 
     def batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,1 @@
+"""What an experiment is made of, and the experiments that have a name."""

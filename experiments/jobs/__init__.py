@@ -1,0 +1,1 @@
+"""Jobs: what they train and measure goes to a work directory as data."""

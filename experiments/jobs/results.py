@@ -1,0 +1,138 @@
+"""What a job found: the scores of every seed, and paired tests."""
+
+import dataclasses
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.jobs.run import Score
+from experiments.training.plans import Plan, Weights
+
+# Whose versions decide what comes out.
+_PACKAGES = ("swa_jax", "jax", "jaxlib", "optax", "flax", "numpy")
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the results: which weights, scored with every seed.
+
+    The fields are those of a row in results.json.
+    """
+
+    label: str
+    method: str  # "sgd", whatever the optimizer of plain training, or "swa"
+    arm: str
+    epoch: int  # at whose end the weights were scored
+    weights: Weights
+    accuracy: list[float] = dataclasses.field(default_factory=list)
+    loss: list[float] = dataclasses.field(default_factory=list)
+    train_loss: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, score: Score) -> None:
+        """Append the next seed's scores."""
+        self.accuracy.append(score.accuracy)
+        self.loss.append(score.loss)
+        self.train_loss.append(score.train_loss)
+
+
+class Comparison(NamedTuple):
+    """A paired t-test over seeds, which share weights and data order."""
+
+    row: str
+    against: str
+    accuracy: float  # mean difference, in percentage points
+    accuracy_t: float
+    accuracy_p: float  # two-sided
+    loss: float  # mean difference, in nats
+    loss_t: float
+    loss_p: float
+
+
+def make_rows(plan: Plan) -> dict[tuple[str, str], Row]:
+    """Empty rows in the order of the table, by (arm, label).
+
+    Arms that average come last.
+    """
+    return {
+        (arm.name, r.label): Row(r.label, r.method, arm.name, r.epoch, r.weights)
+        for arm in sorted(plan, key=lambda arm: arm.averages)
+        for r in arm.readouts
+    }
+
+
+def compare(rows: Sequence[Row], plan: Plan) -> list[Comparison]:
+    """Test each average against plain training as long, and against its parent."""
+    return [
+        _test(row, other)
+        for row, other in itertools.product(rows, rows)
+        if row.weights == "average" and other.method == "sgd"
+        if other.epoch == row.epoch or other.arm == plan[row.arm].parent
+        if len(row.accuracy) > 1
+    ]
+
+
+def _test(row: Row, other: Row) -> Comparison:
+    import scipy.stats  # a second of import time, needed once a job
+
+    percent = [100 * (a - b) for a, b in zip(row.accuracy, other.accuracy, strict=True)]
+    nats = [a - b for a, b in zip(row.loss, other.loss, strict=True)]
+    found = []
+    for differences in (percent, nats):
+        if len(set(differences)) == 1:  # no spread to test against
+            t = p = float("nan")
+        else:
+            t, p = scipy.stats.ttest_1samp(differences, 0.0)
+        found += [statistics.fmean(differences), float(t), float(p)]
+    return Comparison(row.label, other.label, *found)
+
+
+def processor() -> str:
+    """The model of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, Any]:
+    """With what, and on what, a job was run."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The revision of this code, and whether it was changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,103 @@
+"""The tables of a job, for the terminal and in Markdown, from results.json."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import rich.table
+
+from experiments.jobs.results import Comparison, Row
+from experiments.runtime.tables import mean_and_std
+from experiments.runtime.workdir import Workdir
+
+TITLES = ("method", "accuracy (%)", "loss", "train loss")
+COMPARISON_TITLES = ("average", "against", "accuracy (points)", "loss (nats)")
+
+
+class Results(NamedTuple):
+    """What results.json holds."""
+
+    name: str  # of the experiment
+    rows: list[Row]
+    comparisons: list[Comparison]
+
+    @classmethod
+    def read(cls, directory: Workdir) -> Self:
+        """Read the file, which is there."""
+        content = json.loads(directory.results.read_text())
+        return cls(
+            content["config"]["name"],
+            [Row(**row) for row in content["rows"]],
+            [Comparison(**c) for c in content["comparisons"]],
+        )
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Label, accuracy in percent, loss and training loss of each row, as text."""
+    return [
+        (
+            row.label,
+            mean_and_std([100 * value for value in row.accuracy], 2),
+            mean_and_std(row.loss, 4),
+            mean_and_std(row.train_loss, 4),
+        )
+        for row in rows
+    ]
+
+
+def comparison_cells(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    """Both rows, then difference, t and p of accuracy and of loss, as text."""
+    return [
+        (
+            c.row,
+            c.against,
+            f"{c.accuracy:+.2f} (t {c.accuracy_t:.1f}, {_p(c.accuracy_p)})",
+            f"{c.loss:+.4f} (t {c.loss_t:.1f}, {_p(c.loss_p)})",
+        )
+        for c in comparisons
+    ]
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+
+
+def make_tables(results: Results) -> list[rich.table.Table]:
+    """The results as tables for the terminal."""
+    seeds = len(results.rows[0].accuracy)
+    scores = _table(
+        f"{results.name}: test split, mean ± sample std of {seeds}"
+        f" seed{'s' * (seeds > 1)}",
+        TITLES,
+        table_cells(results.rows),
+    )
+    if not results.comparisons:
+        return [scores]
+    title = "mean paired difference over seeds, two-sided t-test"
+    cells = comparison_cells(results.comparisons)
+    return [scores, _table(title, COMPARISON_TITLES, cells)]
+
+
+def _table(
+    title: str, titles: Sequence[str], cells: Sequence[Sequence[str]]
+) -> rich.table.Table:
+    table = rich.table.Table(title=title)
+    for index, name in enumerate(titles):
+        text = name in ("method", "average", "against")
+        table.add_column(name, justify="left" if text else "right", no_wrap=index > 1)
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def make_markdown(results: Results) -> str:
+    """The same tables in Markdown."""
+    lines = ["| Method | Test accuracy (%) | Test loss | Train loss |"]
+    lines += ["|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in table_cells(results.rows)]
+    if results.comparisons:
+        cells = comparison_cells(results.comparisons)
+        lines += ["", "| Average | Against | Accuracy (points) | Loss (nats) |"]
+        lines += ["|---|---|---:|---:|"]
+        lines += [f"| {' | '.join(c)} |" for c in cells]
+    return "\n".join(lines) + "\n"
