@@ -94,7 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     else:
-        _mistaken(command, [*COMMANDS, *EXPERIMENTS], "command or experiment", "", rest)
+        _mistaken(
+            command,
+            [*COMMANDS, *EXPERIMENTS],
+            "command or experiment",
+            lambda near: [near, *rest],
+        )
     return _guarded(run)
 
 
@@ -148,29 +153,35 @@ def _experiment(command: str, words: Sequence[str]) -> tuple[Experiment, Sequenc
         print(_help())
         sys.exit(0)
     if name not in EXPERIMENTS:
-        _mistaken(name, list(EXPERIMENTS), "experiment", command, rest)
+        _mistaken(
+            name, list(EXPERIMENTS), "experiment", lambda near: [command, near, *rest]
+        )
     return EXPERIMENTS[name], rest
 
 
 def _parse(command: str, experiment: Experiment, words: Sequence[str]) -> Any:
     """The settings, of which those on the command line replace the experiment's."""
     job: Any = experiment.config
+    names = set(settings_of(job)) - {"name", "decay_all"}
     if command == "tune":
         job = TuneJob(job, experiment.tuning)
-    settings = settings_of(experiment.config).keys() - {"name", "decay_all"}
-    if command == "tune":
-        settings |= vars(experiment.tuning).keys()
-    flags = {f"--{name.replace('_', '-')}" for name in settings}
-    flags |= {flag.replace("--", "--no-", 1) for flag in flags} | {"--help"}
+        names |= vars(experiment.tuning).keys()
+    flags = {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
+    flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     name = experiment.config.name
-    for word in words:
-        flag, _, _ = word.partition("=")
-        spelt = flag.replace("_", "-")
-        if flag.startswith("--") and spelt not in flags:
-            before = " ".join(
-                filter(None, (command if command == "tune" else "", name))
+    for number, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            call = [name] if command == "train" else [command, name]
+            before, after = [*call, *words[:number]], words[number + 1 :]
+            _mistaken(
+                flag,
+                sorted(flags),
+                f"setting of {name}",
+                lambda near: [*before, f"{near}{equals}{value}", *after],  # noqa: B023
+                call,
             )
-            _mistaken(spelt, sorted(flags), f"setting of {name}", before, words)
     return tyro.cli(
         type(job),
         default=job,
@@ -182,24 +193,22 @@ def _parse(command: str, experiment: Experiment, words: Sequence[str]) -> Any:
 
 
 def _mistaken(
-    word: str, known: Sequence[str], what: str, before: str, words: Sequence[str]
+    word: str,
+    known: Sequence[str],
+    what: str,
+    corrected: Callable[[str], Sequence[str]],
+    place: Sequence[str] = (),
 ) -> NoReturn:
     """Say that `word` is not known, and what to type instead."""
     near = difflib.get_close_matches(word, known, 1)
-    text = f"error: {word or 'nothing'} is no {what}."
     if not word:
-        text = f"error: name a {what}: {', '.join(known)}."
-    if near:
-        if word.startswith("--"):
-            rest = [w.replace("_", "-", 1) if w == word else w for w in words]
-            rest = [near[0] if w.replace("_", "-") == word else w for w in words]
-        else:
-            rest = [near[0], *words]
-        call = " ".join(filter(None, (PROG, before, shlex.join(rest))))
-        text += f" Did you mean\n  {call}"
+        text = f"{what} missing; there are {', '.join(known)}."
+    elif near:
+        call = shlex.join(corrected(near[0]))
+        text = f"{word} is no {what}. Did you mean\n  {PROG} {call}"
     else:
-        text += f" See {' '.join(filter(None, (PROG, before)))} --help"
-    print(text, file=sys.stderr)
+        text = f"{word} is no {what}. See {' '.join((PROG, *place))} --help"
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -12,8 +12,12 @@ import pytest
 
 import swa_jax
 import swa_jax.frameworks  # names of its modules are in the pages
-from experiments import precision, results
-from experiments.configs import EXPERIMENTS
+from experiments.benchmark import precision
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import settings_of
+from experiments.reporting import tables
+from experiments.runtime.workdir import Workdir
+from experiments.training.protocols import FineTune
 from tests.swa_jax.transformations import bits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -201,7 +205,8 @@ def test_measured_figures_are_those_of_the_results(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in RESULTS if EXPERIMENTS[name][1].protocol == "fine_tune"]
+    "name",
+    [n for n in RESULTS if isinstance(EXPERIMENTS[n].config.protocol, FineTune)],
 )
 def test_controls_are_those_of_the_results(name):
     content = read_results(name)
@@ -232,16 +237,14 @@ def test_controls_are_those_of_the_results(name):
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_tables_are_those_of_the_results(name):
-    content = read_results(name)
     page = PAGES["results.md"]
-    rows = [results.Row(**row) for row in content["rows"]]
-    comparisons = [results.Comparison(**c) for c in content["comparisons"]]
-    tables = results.make_markdown(rows, comparisons)
-    assert (RESULTS[name] / "results.md").read_text() == tables
-    lines = tables.splitlines()
-    for line in lines[: len(rows) + 2]:
+    results = tables.Results.read(Workdir(RESULTS[name]))
+    markdown = tables.make_markdown(results)
+    assert (RESULTS[name] / "results.md").read_text() == markdown
+    lines = markdown.splitlines()
+    for line in lines[: len(results.rows) + 2]:
         assert f"\n{line}\n" in page
-    quoted = [c for c in results.comparison_cells(comparisons) if "10" in c[0]]
+    quoted = [c for c in tables.comparison_cells(results.comparisons) if "10" in c[0]]
     assert quoted
     for cells in quoted:
         assert f"\n| {' | '.join(cells)} |\n" in page
@@ -255,7 +258,7 @@ def test_rates_of_the_configurations_were_chosen_on_the_validation_split(name):
     """The page says so; the record of every trial is in tuning.json."""
     tuning = json.loads((RESULTS[name] / "tuning.json").read_text())
     config = read_results(name)["config"]
-    named = results.config_dict(EXPERIMENTS[name][1])
+    named = settings_of(EXPERIMENTS[name].config)
     for setting, chosen in tuning["chosen"].items():
         assert config[setting] == pytest.approx(chosen, rel=1e-2)
         assert named[setting] == config[setting]

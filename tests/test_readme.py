@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import json
 import pathlib
 import re
 import statistics
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 
 import swa_jax
-from experiments import results
+from experiments.reporting import tables
+from experiments.runtime.workdir import Workdir
 from tests.test_requirements import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -125,12 +125,8 @@ SUMMARY = {
 RESULTS = {path.name: path for path in sorted((ROOT / "docs/results").iterdir())}
 
 
-def read_results(name: str) -> tuple[list[results.Row], list[results.Comparison]]:
-    content = json.loads((RESULTS[name] / "results.json").read_text())
-    return (
-        [results.Row(**row) for row in content["rows"]],
-        [results.Comparison(**c) for c in content["comparisons"]],
-    )
+def read_results(name: str) -> tables.Results:
+    return tables.Results.read(Workdir(RESULTS[name]))
 
 
 def test_summary_has_a_row_for_each_experiment():
@@ -140,17 +136,17 @@ def test_summary_has_a_row_for_each_experiment():
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_summary_is_that_of_the_results(name):
-    rows, comparisons = read_results(name)
+    _, rows, comparisons = read_results(name)
     by_label = {row.label: row for row in rows}
     (swa,) = (r for r in rows if r.weights == "average" and "10" in r.label)
-    accuracy, against = {"swa": results.table_cells([swa])[0][1]}, {}
+    accuracy, against = {"swa": tables.table_cells([swa])[0][1]}, {}
     for comparison in comparisons:
         other = by_label[comparison.against]
         if comparison.row != swa.label or other.arm == swa.arm:
             continue
         kind = other.arm if other.arm in ("converged", "control") else "scratch"
-        accuracy[kind] = results.table_cells([other])[0][1]
-        (cells,) = results.comparison_cells([comparison])
+        accuracy[kind] = tables.table_cells([other])[0][1]
+        (cells,) = tables.comparison_cells([comparison])
         against[kind] = re.sub(r"\(t .*?, ", "(", cells[2])
     kinds = ("converged", "control", "scratch")
     assert accuracy.keys() - {"swa"} in (set(kinds), {"scratch"})
@@ -166,7 +162,7 @@ def test_what_the_batch_norm_pass_is_worth_is_that_of_the_results():
     for name in RESULTS:
         means = {
             row.weights: 100 * statistics.fmean(row.accuracy)
-            for row in read_results(name)[0]
+            for row in read_results(name).rows
         }
         if "average, no BatchNorm pass" in means:
             lost.append(means["average"] - means["average, no BatchNorm pass"])

@@ -1,13 +1,13 @@
 """One run: an arm trained with one seed, scored, saved, and resumed if it stopped."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import swa_jax
 from experiments.config.schema import Saving
@@ -159,14 +159,16 @@ class _RunHooks(Hooks):
 
     def _log_average(self, epoch: int, step: int, state: TrainState) -> None:
         params, _ = averaged_variables(state)
-        apart = optax.global_norm(jax.tree.map(jnp.subtract, params, state.params))
+        squares = jax.tree.map(
+            lambda a, w: jnp.sum(jnp.square(a - w)), params, state.params
+        )
         models = swa_jax.models_in_average(state.opt_state)
         self._write(
             "average",
             epoch=epoch,
             step=step,
             num_averaged=int(models),
-            distance=float(apart),
+            distance=math.sqrt(sum(jax.tree.leaves(squares))),
         )
 
     def after_step(self, step: int, snapshot: Callable[[], Snapshot]) -> None:

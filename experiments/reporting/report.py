@@ -31,9 +31,9 @@ def conclude(directory: Workdir, console: rich.console.Console) -> None:
 
     Of the processes of a job, only the main one does.
     """
-    if not processes.is_main():
-        return
-    with directory.drawing():
+    with directory.drawing():  # all of them: what it raises is raised in all
+        if not processes.is_main():
+            return
         _draw(directory, read_log(directory.metrics))
         for table in make_tables(Results.read(directory)):
             console.print(table)
@@ -70,10 +70,10 @@ def report(
         StorageError: The directory has no log, or another report is at work there.
     """
     directory = Workdir(workdir)
-    log = read_log(directory.metrics)
     if not directory.results.exists() and "JAX_PLATFORMS" not in os.environ:
         # A job may be at work: the accelerators are its own.
         jax.config.update("jax_platforms", "cpu")
+    log = read_log(directory.metrics)
     with directory.drawing():
         console.print(state_table(log))
         if directory.results.is_file():

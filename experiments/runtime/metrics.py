@@ -170,7 +170,7 @@ def read_log(path: pathlib.Path) -> ParsedLog:
     try:
         first, *lines = map(json.loads, complete.splitlines())
         header, arms = _header(first)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{path} does not begin with a job's configuration; name the --workdir of"
             " a job that has begun to train."

@@ -6,9 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import configs
-from experiments.builders import Examples
-from experiments.data import MemorySplit
+from experiments.config.named import DIGITS
+from experiments.config.schema import Config, FineTuneTuning, Tuning, override
+from experiments.data.dataset import Examples
+from experiments.data.splits import MemorySplit
+from experiments.training.protocols import FineTune
 
 
 @pytest.fixture(scope="session")
@@ -17,10 +19,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(data_dir: pathlib.Path) -> configs.Config:
+def tiny_model(data_dir: pathlib.Path) -> Config:
     """Four epochs of 3 steps: 20 examples in batches of 8. Writes nothing."""
-    return dataclasses.replace(
-        configs.DIGITS,
+    return override(
+        DIGITS,
         workdir=pathlib.Path("/dev/null"),
         data_dir=data_dir,
         seeds=2,
@@ -34,26 +36,43 @@ def tiny_model(data_dir: pathlib.Path) -> configs.Config:
         weight_decay=5e-4,
         widths=(4, 4),
         strides=(2, 2),
-        tune_seeds=1,
-        tune_learning_rates=(0.1,),
-        tune_weight_decays=(5e-4,),
-        tune_swa_lrs=(0.1,),
         width_plot=False,
     )
 
 
 @pytest.fixture
-def tiny(tiny_model: configs.Config, tmp_path: pathlib.Path) -> configs.Config:
+def tiny(tiny_model: Config, tmp_path: pathlib.Path) -> Config:
     """The same, with a directory to write to."""
-    return dataclasses.replace(tiny_model, workdir=tmp_path / "run")
+    return override(tiny_model, workdir=tmp_path / "run")
 
 
 @pytest.fixture
-def tiny_fine_tune(tiny: configs.Config) -> configs.Config:
-    """The same, with arms that start from a converged baseline: 4 epochs and 1, 3."""
-    return dataclasses.replace(
-        tiny, protocol="fine_tune", control_lr=0.01, tune_control_lrs=(0.01,)
+def tiny_tuning() -> Tuning:
+    """One value for each rate."""
+    return Tuning(
+        tune_learning_rates=(0.1,), tune_weight_decays=(5e-4,), tune_swa_lrs=(0.1,)
     )
+
+
+def fine_tuned(config: Config) -> Config:
+    """The same with arms that start from a converged baseline: 4 epochs and 1, 3."""
+    protocol = FineTune(epochs=4, swa_epochs=(1, 3), swa_lr=0.05, control_lr=0.01)
+    return dataclasses.replace(config, protocol=protocol)
+
+
+@pytest.fixture(scope="session")
+def tiny_fine_tune_model(tiny_model: Config) -> Config:
+    return fine_tuned(tiny_model)
+
+
+@pytest.fixture
+def tiny_fine_tune(tiny: Config) -> Config:
+    return fine_tuned(tiny)
+
+
+@pytest.fixture
+def fine_tune_tuning(tiny_tuning: Tuning) -> FineTuneTuning:
+    return FineTuneTuning(**vars(tiny_tuning) | {"tune_control_lrs": (0.01,)})
 
 
 @pytest.fixture(scope="session")
@@ -62,4 +81,4 @@ def split() -> MemorySplit:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 17, (20, 8, 8, 1), dtype=np.uint8)
     labels = rng.integers(0, 10, 20, dtype=np.int32)
-    return MemorySplit(Examples(images, labels), num_classes=10)
+    return MemorySplit(Examples(images, labels))

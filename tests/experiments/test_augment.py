@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from experiments import augment
+from experiments.data import augment
 
 
 def gradient(width, height):

@@ -139,7 +139,7 @@ def test_passes_over_a_network():
 
 def test_the_pass_is_measured_over_forty_batches(monkeypatch):
     small = batch_norm.Convolutions(widths=(4, 4))
-    monkeypatch.setattr(batch_norm, "ResNet", lambda stages: small)
+    monkeypatch.setattr(batch_norm, "ResNet", lambda stages, data: small)
     options = Options(rounds=2, batch_size=8, image_size=8)
     lines = [x for x in batch_norm.batch_norm_pass(options) if "PyTorch" not in x.what]
     assert len(lines) == 3
@@ -152,8 +152,8 @@ def test_the_pass_is_measured_over_forty_batches(monkeypatch):
 @pytest.mark.usefixtures("small_params")
 def test_sections_run(tmp_path, capsys):
     output = tmp_path / "results.json"
-    options = Options(rounds=2, only=("b", "c", "f", "p"), output=output)
-    command.main(options)
+    args = ["--rounds", "2", "--only", *"bcfp", "--output", str(output)]
+    assert command.main(args) == 0
     content = json.loads(output.read_text())
     assert list(content) == ["machine", "options", "lines"]
     assert content["options"]["only"] == list("bcfp")

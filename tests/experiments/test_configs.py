@@ -1,16 +1,22 @@
-import dataclasses
 import json
 import math
 import pathlib
 
 import pytest
 
-from experiments import configs, plans
-from experiments.results import config_dict
+from experiments.config.named import DIGITS, EXPERIMENTS
+from experiments.config.schema import (
+    FineTuneTuning,
+    _leaves,
+    from_settings,
+    override,
+    settings_of,
+)
+from experiments.runtime.processes import Cluster
 
 
 def test_every_experiment_is_described():
-    assert set(configs.EXPERIMENTS) == {
+    assert set(EXPERIMENTS) == {
         "digits",
         "digits_nnx",
         "fashion_mnist",
@@ -23,15 +29,16 @@ def test_every_experiment_is_described():
         "imagenet_resnet50",
         "imagenet_resnet152",
     }
-    for name, (description, config) in configs.EXPERIMENTS.items():
+    for name, experiment in EXPERIMENTS.items():
+        config = experiment.config
         assert config.name == name
         assert config.workdir == pathlib.Path("runs") / name
-        assert 20 < len(description) < 90
+        assert 20 < len(experiment.summary) < 90
 
 
-@pytest.mark.parametrize("name", configs.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_docstrings_give_command_expectation_and_run_time(name):
-    text = configs.DOCSTRINGS[name]
+    text = EXPERIMENTS[name].text
     assert f"Command: python -m experiments {name}" in text
     assert "Expected" in text
     assert "Run time:" in text
@@ -47,21 +54,41 @@ def test_docstrings_give_command_expectation_and_run_time(name):
     ],
 )
 def test_settings_of_the_original_repository(name, epochs, swa_start, swa_lr, decay):
-    _, config = configs.EXPERIMENTS[name]
-    arms = plans.make_arms(config)
+    config = EXPERIMENTS[name].config
+    arms = list(config.plan)
     assert [arm.epochs for arm in arms] == epochs
     assert arms[-1].averages_from == swa_start
-    assert (config.swa_lr, config.weight_decay, config.decay_all) == (
-        swa_lr,
-        decay,
-        True,
-    )
+    optimizer = config.optimizer
+    assert (config.protocol.swa_lr, optimizer.weight_decay) == (swa_lr, decay)
+    assert optimizer.decay_all
 
 
-def test_configuration_survives_json(tiny, tiny_fine_tune):
-    for config in (tiny, tiny_fine_tune, configs.EXPERIMENTS["cifar10_vgg16"][1]):
-        content = json.loads(json.dumps(config_dict(config)))
-        assert configs.from_json(content) == config
+def test_configuration_survives_json(tiny):
+    for config in (tiny, *(each.config for each in EXPERIMENTS.values())):
+        content = json.loads(json.dumps(settings_of(config)))
+        assert from_settings(EXPERIMENTS[config.name].config, content) == config
+
+
+def test_configuration_of_an_earlier_version_is_read():
+    """docs/results has them: flat, with a None for what did not apply."""
+    root = pathlib.Path(__file__).parents[2] / "docs" / "results"
+    for name in ("digits", "fashion_mnist_60000", "shakespeare"):
+        content = json.loads((root / name / "results.json").read_text())["config"]
+        assert "dataset" in content
+        found = from_settings(EXPERIMENTS[name].config, content)
+        assert found == EXPERIMENTS[name].config
+
+
+def test_unknown_settings_are_an_error():
+    with pytest.raises(TypeError, match=r"layers, width: no setting of digits"):
+        override(DIGITS, layers=2, width=3, epochs=20)
+
+
+def test_names_of_settings_are_unique():
+    """So that they can stand flat, on the command line and in config.json."""
+    for experiment in EXPERIMENTS.values():
+        names = [name for name, _, _ in _leaves(experiment.config)]
+        assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
@@ -83,43 +110,43 @@ def test_configuration_survives_json(tiny, tiny_fine_tune):
         ({"strides": (1,)}, r"strides is \(1,\); give one of each"),
         ({"widths": (4, 0, 4)}, r"widths is \(4, 0, 4\); .* numbers of at least 1"),
         ({"strides": (1, -1, 1)}, r"strides is \(1, -1, 1\); .* at least 1"),
-        ({"tune_learning_rates": ()}, r"tune_learning_rates is \(\); .* at least one"),
-        ({"tune_weight_decays": (0.0,)}, r"tune_weight_decays is \(0.0,\); .* above 0"),
-        ({"tune_swa_lrs": (0.1, -1.0)}, r"tune_swa_lrs is \(0.1, -1.0\); .* above 0"),
-        ({"tune_swa_lrs": (math.nan,)}, r"tune_swa_lrs is \(nan,\); .* above 0"),
-        ({"tune_control_lrs": (0.1,)}, r"tune_control_lrs .* belongs to fine-tuning"),
-        ({"context": 64}, "context is 64; it belongs to text, not to digits"),
-        ({"layers": 2}, "layers is 2; it belongs to Transformers, not to digits"),
-        ({"dropout": 0.1}, "dropout is 0.1; it belongs to VGG16 and Transformers"),
-        ({"image_size": 224}, "image_size is 224; it belongs to ImageNet"),
-        ({"control_lr": 0.1}, "control_lr is 0.1; it belongs to fine-tuning"),
-        ({"widths": None}, "widths is None; digits needs a value"),
     ],
 )
 def test_settings_that_cannot_run_are_errors(overrides, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(configs.DIGITS, **overrides)
+        override(DIGITS, **overrides)
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("shakespeare", {"mixup_alpha": 0.2}, "mixup_alpha is 0.2; it belongs to imag"),
+        ("shakespeare", {"dropout": 1.0}, "dropout is 1.0; .* less than 1"),
         ("shakespeare", {"heads": 3}, "width is 64 with heads=3; each head takes"),
         ("imagenet_resnet50", {"max_shift": 4}, "max_shift is 4; ImageNet has random"),
         ("cifar10_vgg16", {"swa_start": 201}, "swa_start is 201, .* after epoch 200"),
-        (
-            "cifar10_vgg16",
-            {"swa_epochs": (5,)},
-            "swa_epochs .* arms of one budget, not",
-        ),
-        ("fashion_mnist_5000", {"tune_control_lrs": ()}, "tune_control_lrs is .* one"),
+        ("fashion_mnist_5000", {"control_lr": 0.0}, "control_lr is 0.0; .* above 0"),
         ("cifar10_vgg16", {"budgets": (2, 1)}, r"budgets is \(2, 1\); .* ascending"),
     ],
 )
 def test_other_settings_that_cannot_run(name, overrides, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(configs.EXPERIMENTS[name][1], **overrides)
+        override(EXPERIMENTS[name].config, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tune_seeds": 0}, "tune_seeds is 0; it must be at least 1"),
+        ({"tune_learning_rates": ()}, r"tune_learning_rates is \(\); .* at least one"),
+        ({"tune_weight_decays": (0.0,)}, r"tune_weight_decays is \(0.0,\); .* above 0"),
+        ({"tune_swa_lrs": (0.1, -1.0)}, r"tune_swa_lrs is \(0.1, -1.0\); .* above 0"),
+        ({"tune_swa_lrs": (math.nan,)}, r"tune_swa_lrs is \(nan,\); .* above 0"),
+        ({"tune_control_lrs": ()}, "tune_control_lrs is .* at least one"),
+    ],
+)
+def test_grids_that_cannot_be_searched(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        FineTuneTuning(**overrides)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +161,4 @@ def test_other_settings_that_cannot_run(name, overrides, message):
 )
 def test_clusters_that_cannot_be_joined_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(configs.DIGITS, cluster=configs.Cluster(*settings))
+        Cluster(*settings)

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import io
 import json
@@ -8,14 +7,16 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
-import rich.console
 
-from experiments import curves, data, landscape, report, watch
-from experiments.checkpoints import open_workdir
-from experiments.compare import train_and_evaluate
-from experiments.metrics import LogError, open_log, read_log
-from experiments.results import config_dict
-from experiments.style import BLUE, GREEN, ORANGE
+from experiments import __main__
+from experiments.config.schema import FREE, override, settings_of
+from experiments.jobs import width
+from experiments.reporting import curves, report
+from experiments.reporting.style import BLUE, GREEN, ORANGE
+from experiments.runtime.errors import DataUnavailableError, StorageError
+from experiments.runtime.metrics import LoggedArm, open_log, read_log
+from experiments.runtime.workdir import Workdir
+from tests.helpers import quiet, run_job
 
 
 def arm(name, epochs, first_epoch=0, averages_from=None, parent=None):
@@ -32,16 +33,20 @@ def arm(name, epochs, first_epoch=0, averages_from=None, parent=None):
 
 def write(workdir, arms, dataset="digits", stop=None):
     """The log of a job, as far as epoch `stop` of its last arm."""
-    header = {"config": {"name": dataset, "dataset": dataset, "seeds": 2}, "arms": arms}
-    with open_log(workdir, header) as log:
+    header = {
+        "config": {"name": dataset, "seeds": 2},
+        "scored_by": "loss" if dataset == "shakespeare" else "accuracy",
+        "arms": arms,
+    }
+    with open_log(Workdir(workdir), header) as log:
         for number, each in enumerate(arms):
             run = {"arm": each["name"], "seed": 0}
             last = stop if stop and number == len(arms) - 1 else each["epochs"]
             for epoch in range(each["first_epoch"] + 1, last + 1):
                 step = 10 * (epoch - each["first_epoch"])
                 rate = (1 + number) / epoch
-                log.write("step", **run, step=step, loss=1.0, learning_rate=rate)
-                log.write("train", **run, epoch=epoch, step=step, loss=1 / epoch)
+                log.write("step", **run, step=step, batch_loss=1.0, learning_rate=rate)
+                log.write("train", **run, epoch=epoch, step=step, batch_loss=1 / epoch)
                 kinds = ["iterate"]
                 if each["averages_from"] and epoch >= each["averages_from"]:
                     kinds.append("average")
@@ -95,10 +100,11 @@ def test_a_job_at_work_has_curves_too(tmp_path, stop):
 
 
 def test_a_job_that_has_only_begun_has_empty_curves(tmp_path):
-    with open_log(tmp_path, {"config": {"name": "x", "dataset": "x"}, "arms": []}):
+    header = {"config": {"name": "x"}, "arms": SIDE_BY_SIDE}
+    with open_log(Workdir(tmp_path), header):
         pass
     log = read_log(tmp_path / "metrics.jsonl")
-    log = log._replace(arms=SIDE_BY_SIDE)
+    assert log.arms[0] == LoggedArm(**SIDE_BY_SIDE[0])
     assert pixels(curves.plot_curves(log)).shape[2] == 3
 
 
@@ -112,7 +118,7 @@ def test_limits_show_the_end_of_training():
 def test_report_tells_the_state_of_every_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     write(tmp_path, FINE_TUNE, stop=10)
-    assert report.main([str(tmp_path)]) == 0
+    assert __main__.main(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "config.json does not hold the settings of a job" in line_of(shown)
     rows = {
@@ -128,18 +134,18 @@ def test_report_tells_the_state_of_every_run(tmp_path, capsys, monkeypatch):
 
 
 def test_report_of_no_job_is_an_error(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 1
+    assert __main__.main(["report", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
-    with pytest.raises(LogError, match="name the --workdir of a job"):
-        report.report(tmp_path, rich.console.Console(file=io.StringIO()))
+    with pytest.raises(StorageError, match="name the --workdir of a job"):
+        report.report(tmp_path, quiet())
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
     """A finished job of one seed, without width.png."""
     workdir = tmp_path_factory.mktemp("job") / "run"
-    config = dataclasses.replace(tiny_model, workdir=workdir, seeds=1)
-    train_and_evaluate(config, rich.console.Console(file=io.StringIO()))
+    config = override(tiny_model, workdir=workdir, seeds=1)
+    run_job(config)
     return config
 
 
@@ -147,9 +153,9 @@ def finished(tiny_model, tmp_path_factory):
 def job(finished, tmp_path, monkeypatch):
     """A copy of it; what width.png shows is measured at few points."""
     shutil.copytree(finished.workdir, tmp_path / "run")
-    few = functools.partial(landscape.measure, num_rays=1, num_radii=2, grid=3)
-    monkeypatch.setattr(watch, "measure", few)
-    return dataclasses.replace(finished, workdir=tmp_path / "run")
+    few = functools.partial(width.measure, num_rays=1, num_radii=2, grid=3)
+    monkeypatch.setattr(width, "measure", few)
+    return override(finished, workdir=tmp_path / "run")
 
 
 def states(directory):
@@ -161,7 +167,7 @@ def states(directory):
 
 
 def shown_of(job, capsys, *args):
-    assert report.main([str(job.workdir), *args]) == 0
+    assert __main__.main(["report", str(job.workdir), *args]) == 0
     return capsys.readouterr().out
 
 
@@ -180,8 +186,8 @@ def test_report_measures_what_width_shows_once(job, capsys, monkeypatch):
     assert hits(image, ORANGE).sum() > 100
 
     (job.workdir / "width.png").unlink()
-    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("again"))
-    assert "width.png written to" in " ".join(shown_of(job, capsys).split())
+    monkeypatch.setattr(report, "measure_width", lambda *_: pytest.fail("again"))
+    assert "and width.png written to" in " ".join(shown_of(job, capsys).split())
     assert (job.workdir / "width.png").is_file()
 
 
@@ -189,7 +195,7 @@ def test_report_beside_a_running_job(job, capsys):
     """The runs that the figure needs are finished, another one is at work."""
     (job.workdir / "results.json").unlink()
     shutil.rmtree(job.workdir / "runs" / "swa1-seed0")
-    with open_workdir(job.workdir, config_dict(job)):  # the job's lock
+    with job.directory.locked(settings_of(job), FREE):  # the job's lock
         before = states(job.workdir / "runs")
         shown = shown_of(job, capsys)
         assert states(job.workdir / "runs") == before
@@ -203,7 +209,7 @@ def line_of(shown):
 
 
 def test_report_says_which_run_width_waits_for(job, capsys, monkeypatch):
-    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("too soon"))
+    monkeypatch.setattr(report, "measure_width", lambda *_: pytest.fail("too soon"))
     (job.workdir / "runs" / "swa3-seed0" / "finished.json").unlink()
     shown = shown_of(job, capsys)
     assert line_of(shown).endswith("it needs swa3-seed0, not finished yet")
@@ -212,16 +218,16 @@ def test_report_says_which_run_width_waits_for(job, capsys, monkeypatch):
 
 
 def test_report_measures_nothing_if_asked_not_to(job, capsys, monkeypatch):
-    monkeypatch.setattr(watch, "measure_width", lambda config: pytest.fail("no"))
+    monkeypatch.setattr(report, "measure_width", lambda *_: pytest.fail("no"))
     assert "--no-width" in line_of(shown_of(job, capsys, "--no-width"))
 
 
 def test_report_says_what_width_cannot_be_measured_from(job, capsys, monkeypatch):
     def absent(*args):
-        raise data.DataUnavailableError("digits is not prepared")
+        raise DataUnavailableError("digits is not prepared")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_splits", absent)
+        patch.setattr(report, "load_splits", absent)
         assert line_of(shown_of(job, capsys)).endswith(": digits is not prepared")
     for path in (job.workdir / "runs" / "sgd-seed0").rglob("*"):
         if path.is_file() and path.name != "finished.json":
@@ -243,14 +249,14 @@ def test_report_leaves_accelerators_to_a_job_at_work(
         monkeypatch.delenv("JAX_PLATFORMS")
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *args: updates.append(args))
-    assert report.main([str(tmp_path)]) == 1
+    assert __main__.main(["report", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
     assert updates == ([] if over or chosen else [("jax_platforms", "cpu")])
 
 
 def test_log_of_other_bytes_is_an_error(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    assert report.main([str(tmp_path)]) == 1
+    assert __main__.main(["report", str(tmp_path)]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert "name the --workdir of a job" in shown

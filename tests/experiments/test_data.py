@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from experiments import builders, data, errors
-from experiments.augment import shift_and_flip
-from experiments.builders import Examples
-from experiments.data import MemorySplit
+from experiments.config.schema import override
+from experiments.data import fashion_mnist
+from experiments.data import splits as splits_module
+from experiments.data import tfds as tfds_module
+from experiments.data.augment import Share, shift_and_flip
+from experiments.data.batches import EvalBatches, InputBatches, epoch_order
+from experiments.data.cifar import Cifar10
+from experiments.data.dataset import Examples
+from experiments.data.digits import Digits
+from experiments.data.fashion_mnist import FashionMnist
+from experiments.data.imagenet import ImageNet
+from experiments.data.splits import MemorySplit, load_splits
+from experiments.runtime import errors
+from experiments.runtime.errors import DataError, DataUnavailableError
+from tests.helpers import train_batches
 
 
 def numbered(count):
@@ -21,13 +32,11 @@ def numbered(count):
 
 
 def test_train_examples_is_a_fixed_prefix(tiny):
-    (small,) = data.load_splits(tiny, ("train",)).values()
-    more = dataclasses.replace(tiny, train_examples=1050, seeds=1)
-    with pytest.raises(data.DataError, match=r"train_examples is 1050; .* has 896"):
-        data.load_splits(more, ("train",))
-    (larger,) = data.load_splits(
-        dataclasses.replace(tiny, train_examples=60), ("train",)
-    ).values()
+    (small,) = load_splits(tiny.data, ("train",)).values()
+    more = override(tiny, train_examples=1050, seeds=1)
+    with pytest.raises(DataError, match=r"train_examples is 1050; .* has 896"):
+        load_splits(more.data, ("train",))
+    (larger,) = load_splits(override(tiny, train_examples=60).data, ("train",)).values()
     assert small.examples.inputs.shape == (20, 8, 8, 1)
     assert small.examples.inputs.dtype == np.uint8
     assert small.examples.labels.dtype == np.int32
@@ -36,11 +45,12 @@ def test_train_examples_is_a_fixed_prefix(tiny):
 
 
 def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
-    monkeypatch.setattr(data, "_READ_BLOCK", 7)  # 20 examples: a ragged last block
-    (blocks,) = data.load_splits(tiny, ("train",)).values()
-    source = builders.Digits(
-        data_dir=tiny.data_dir, file_format="array_record"
-    ).as_data_source("train")
+    monkeypatch.setattr(
+        splits_module, "_READ_BLOCK", 7
+    )  # 20 examples: a ragged last block
+    (blocks,) = load_splits(tiny.data, ("train",)).values()
+    builder, _ = tiny.data.prepare()
+    source = builder.as_data_source("train")
     np.testing.assert_array_equal(
         blocks.examples.labels, [source[i]["label"] for i in range(20)]
     )
@@ -48,7 +58,7 @@ def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
 
 
 def test_load_splits_reads_only_what_is_named(tiny):
-    assert list(data.load_splits(tiny, ("validation",))) == ["validation"]
+    assert list(load_splits(tiny.data, ("validation",))) == ["validation"]
 
 
 def as_bytes(split):
@@ -56,11 +66,11 @@ def as_bytes(split):
 
 
 def test_training_may_have_the_validation_split_too(tiny):
-    held = dataclasses.replace(tiny, train_examples=None)
+    held = override(tiny, train_examples=None)
     names = "train", "validation", "test"
-    train, validation, test = data.load_splits(held, names).values()
-    everything = dataclasses.replace(held, hold_out=False)
-    both = data.load_splits(everything, ("train", "test"))
+    train, validation, test = load_splits(held.data, names).values()
+    everything = override(held, hold_out=False)
+    both = load_splits(everything.data, ("train", "test"))
     assert as_bytes(both["train"]) == as_bytes(train) + as_bytes(validation)
     np.testing.assert_array_equal(
         both["train"].examples.labels,
@@ -70,47 +80,47 @@ def test_training_may_have_the_validation_split_too(tiny):
 
 
 def test_tuning_holds_out_all_the_same(tiny):
-    held = dataclasses.replace(tiny, train_examples=None)
-    tuned = dataclasses.replace(held, hold_out=False, tune=True)
+    held = override(tiny, train_examples=None)
+    tuned = override(held, hold_out=False)
     names = "train", "validation"
     for a, b in zip(
-        data.load_splits(held, names).values(),
-        data.load_splits(tuned, names).values(),
+        load_splits(held.data, names).values(),
+        load_splits(tuned.data, names, hold_out=True).values(),
         strict=True,
     ):
         assert as_bytes(a) == as_bytes(b)
 
 
 def test_a_limit_counts_both_splits(tiny):
-    config = dataclasses.replace(tiny, hold_out=False, train_examples=900)
-    (split,) = data.load_splits(config, ("train",)).values()
+    config = override(tiny, hold_out=False, train_examples=900)
+    (split,) = load_splits(config.data, ("train",)).values()
     assert split.num_examples == 900  # four more than the train split has
-    more = dataclasses.replace(config, train_examples=1197)
-    with pytest.raises(data.DataError, match=r"train_examples is 1197; .* has 1196"):
-        data.load_splits(more, ("train",))
+    more = override(config, train_examples=1197)
+    with pytest.raises(DataError, match=r"train_examples is 1197; .* has 1196"):
+        load_splits(more.data, ("train",))
 
 
 def test_slices_of_one_split_are_put_together(tiny, monkeypatch):
     """As CIFAR's are, whose validation split tfds does not have."""
     slices = {"train": "test[:100]", "validation": "test[100:]", "test": "train"}
-    monkeypatch.setattr(data, "OWN_SPLITS", slices)
-    config = dataclasses.replace(tiny, train_examples=None)
-    train, validation = data.load_splits(config, ("train", "validation")).values()
+    monkeypatch.setattr(Digits, "splits", slices)
+    config = override(tiny, train_examples=None)
+    train, validation = load_splits(config.data, ("train", "validation")).values()
     assert (train.num_examples, validation.num_examples) == (100, 501)
-    both = dataclasses.replace(config, hold_out=False)
-    (split,) = data.load_splits(both, ("train",)).values()
+    both = override(config, hold_out=False)
+    (split,) = load_splits(both.data, ("train",)).values()
     assert as_bytes(split) == as_bytes(train) + as_bytes(validation)
 
 
 def test_a_split_names_its_source(tiny, split):
-    (loaded,) = data.load_splits(tiny, ("test",)).values()
+    (loaded,) = load_splits(tiny.data, ("test",)).values()
     assert loaded.source == "digits/1.0.0"
     assert split.source == "memory"
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(20, 8), (24, 8), (5, 8), (3, 8)])
 def test_an_epoch_shows_every_example(count, batch_size):
-    order = data.epoch_order(count, batch_size, seed=3, epoch=2)
+    order = epoch_order(count, batch_size, seed=3, epoch=2)
     steps = -(-count // batch_size)
     assert order.shape == (steps, batch_size)
     shown = np.bincount(order.ravel(), minlength=count)
@@ -121,30 +131,30 @@ def test_an_epoch_shows_every_example(count, batch_size):
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    data.epoch_order.cache_clear()
-    first = data.epoch_order(50, 8, seed=1, epoch=4)
-    data.epoch_order.cache_clear()
-    np.testing.assert_array_equal(first, data.epoch_order(50, 8, seed=1, epoch=4))
-    assert np.any(first != data.epoch_order(50, 8, seed=2, epoch=4))
-    assert np.any(first != data.epoch_order(50, 8, seed=1, epoch=5))
+    epoch_order.cache_clear()
+    first = epoch_order(50, 8, seed=1, epoch=4)
+    epoch_order.cache_clear()
+    np.testing.assert_array_equal(first, epoch_order(50, 8, seed=1, epoch=4))
+    assert np.any(first != epoch_order(50, 8, seed=2, epoch=4))
+    assert np.any(first != epoch_order(50, 8, seed=1, epoch=5))
 
 
 def test_train_batches_follow_the_order(tiny):
-    split = MemorySplit(numbered(20), 20)
-    batches = list(data.train_batches(split, tiny, seed=7, last_step=12))
+    split = MemorySplit(numbered(20))
+    batches = list(train_batches(split, tiny, seed=7, last_step=12))
     labels = np.stack([batch["labels"] for batch in batches])
-    expected = [data.epoch_order(20, 8, seed=7, epoch=epoch) for epoch in range(4)]
+    expected = [epoch_order(20, 8, seed=7, epoch=epoch) for epoch in range(4)]
     np.testing.assert_array_equal(labels, np.concatenate(expected))
     for batch in batches:
         np.testing.assert_array_equal(batch["inputs"][:, 3, 5, 0], batch["labels"])
 
 
 def test_augmented_batches_repeat_and_differ(tiny, split):
-    config = dataclasses.replace(tiny, max_shift=1, flip=True)
+    config = override(tiny, max_shift=1, flip=True)
     once, again = (
-        list(data.train_batches(split, config, 0, last_step=12)) for _ in range(2)
+        list(train_batches(split, config, 0, last_step=12)) for _ in range(2)
     )
-    plain = list(data.train_batches(split, tiny, 0, last_step=12))
+    plain = list(train_batches(split, tiny, 0, last_step=12))
     for batch, repeated, original in zip(once, again, plain, strict=True):
         np.testing.assert_array_equal(batch["inputs"], repeated["inputs"])
         np.testing.assert_array_equal(batch["labels"], original["labels"])
@@ -155,16 +165,12 @@ def test_augmented_batches_repeat_and_differ(tiny, split):
 @pytest.mark.parametrize("augmented", [False, True])
 def test_processes_share_every_batch(tiny, split, processes, augmented):
     """Side by side, the shares are one process's batches: no row lost or twice."""
-    config = dataclasses.replace(tiny, max_shift=int(augmented), flip=augmented)
+    config = override(tiny, max_shift=int(augmented), flip=augmented)
     shares = [
-        list(
-            data.train_batches(
-                split, config, 3, data.Share(process, processes), last_step=12
-            )
-        )
+        list(train_batches(split, config, 3, Share(process, processes), last_step=12))
         for process in range(processes)
     ]
-    whole = list(data.train_batches(split, config, 3, last_step=12))
+    whole = list(train_batches(split, config, 3, last_step=12))
     assert {len(share) for share in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         assert {len(part["labels"]) for part in parts} == {8 // processes}
@@ -181,9 +187,9 @@ def test_a_process_gathers_its_own_rows_only(tiny):
 
     gathered = []
     images, labels = numbered(20)
-    watched = MemorySplit(Examples(images.view(Watched), labels), 20)
-    share = data.Share(1, 4)
-    for batch in data.train_batches(watched, tiny, 0, share, last_step=12):
+    watched = MemorySplit(Examples(images.view(Watched), labels))
+    share = Share(1, 4)
+    for batch in train_batches(watched, tiny, 0, share, last_step=12):
         assert len(batch["labels"]) == 2
     assert gathered == [2] * 12
 
@@ -207,7 +213,7 @@ def test_augment_shifts_and_mirrors():
 
 
 def test_eval_batches_count_every_example_once():
-    batches = list(data.EvalBatches(MemorySplit(numbered(20), 20), 8))
+    batches = list(EvalBatches(MemorySplit(numbered(20)), 8))
     assert [batch["mask"].sum() for batch in batches] == [8, 8, 4]
     assert {batch["inputs"].shape for batch in batches} == {(8, 8, 8, 1)}
     seen = np.concatenate([batch["labels"][batch["mask"]] for batch in batches])
@@ -216,26 +222,24 @@ def test_eval_batches_count_every_example_once():
 
 def test_input_batches_are_ragged_and_complete():
     examples = numbered(20)
-    batches = list(data.InputBatches(MemorySplit(examples, 20), 8))
+    batches = list(InputBatches(MemorySplit(examples), 8))
     assert [len(batch) for batch in batches] == [8, 8, 4]
     np.testing.assert_array_equal(np.concatenate(batches), examples.inputs)
 
 
 @pytest.fixture
-def fashion(tiny):
-    return dataclasses.replace(
-        tiny, dataset="fashion_mnist", pixel_max=255, data_dir=None, train_examples=5
-    )
+def fashion():
+    return FashionMnist(train_examples=5, batch_size=8, eval_batch_size=16)
 
 
 def test_fashion_mnist_without_files_or_network(fashion, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "absent")
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    with pytest.raises(data.DataUnavailableError) as caught:
-        data.load_splits(fashion, ("train",))
+    with pytest.raises(DataUnavailableError) as caught:
+        load_splits(fashion, ("train",))
     message = str(caught.value)
     assert "apt-get install dataset-fashion-mnist" in message
     assert "pip install tensorflow-cpu &&" in message
@@ -244,8 +248,10 @@ def test_fashion_mnist_without_files_or_network(fashion, tmp_path, monkeypatch):
     assert "no route to host" in message
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
-def test_commands_name_the_data_directory(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cifar10", Cifar10), ("imagenet2012", ImageNet)]
+)
+def test_commands_name_the_data_directory(tmp_path, monkeypatch, capsys, name, kind):
     def no_network(*args, **kwargs):
         logging.getLogger("urllib3.connectionpool").warning("Retrying")
         raise OSError("no route to host")
@@ -258,8 +264,10 @@ def test_commands_name_the_data_directory(tmp_path, monkeypatch, name):
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
     place = tmp_path / "my data"
-    with pytest.raises(data.DataUnavailableError) as caught:
-        data._stock(name, place)
+    with pytest.raises(DataUnavailableError) as caught:
+        kind(data_dir=place, batch_size=1, eval_batch_size=1).prepare()
+    shown = capsys.readouterr().err  # before minutes of silence
+    assert shown == f"downloading {name} to {place}, and preparing it there\n"
     assert f"tfds build {name} --file_format=array_record --data_dir='{place}'" in str(
         caught.value
     )
@@ -285,9 +293,9 @@ def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
         rows = [{"image": image, "label": int(label)} for image, label in rows]
         return Rows({"train[:50000]": rows[:8], "test": rows[8:]}[split])
 
-    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "absent")
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
-        splits = data.load_splits(fashion, ("train", "test"))
+        splits = load_splits(fashion, ("train", "test"))
     np.testing.assert_array_equal(splits["train"].examples.inputs, stock.inputs[:5])
     np.testing.assert_array_equal(splits["test"].examples.labels, stock.labels[8:])
     assert splits["test"].examples.labels.dtype == np.int32
@@ -297,31 +305,28 @@ def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
 def test_fashion_mnist_prefers_the_installed_files(fashion, tmp_path, monkeypatch):
     made = []
 
-    class Recorder:
-        def __init__(self, **kwargs):
-            made.append(kwargs["idx_dir"])
-
-        def download_and_prepare(self):
-            raise InterruptedError  # far enough
+    def own(name, features, source, data_dir):
+        made.append((name, data_dir))
+        raise InterruptedError  # far enough
 
     for prefix in ("train", "t10k"):
-        for path in builders.idx_files(tmp_path, prefix):
+        for path in fashion_mnist.idx_files(tmp_path, prefix):
             path.touch()
-    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path)
-    monkeypatch.setattr(builders, "FashionMnistIdx", Recorder)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path)
+    monkeypatch.setattr(tfds_module, "own", own)
     with pytest.raises(InterruptedError):
-        data.load_splits(fashion, ("train",))
-    assert made == [tmp_path]
+        load_splits(fashion, ("train",))
+    assert made == [("fashion_mnist_idx", None)]
 
 
 def test_damaged_fashion_mnist_is_a_data_error(fashion, tmp_path, monkeypatch):
     """It goes through tfds, which wraps some errors in its own."""
     for prefix in ("train", "t10k"):
-        for path in builders.idx_files(tmp_path, prefix):
+        for path in fashion_mnist.idx_files(tmp_path, prefix):
             path.write_bytes(gzip.compress(bytes(100)))
-    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path)
-    config = dataclasses.replace(fashion, data_dir=tmp_path / "tfds")
-    with pytest.raises(data.DataError, match="an IDX file of unsigned bytes") as caught:
-        data.load_splits(config, ("train",))
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path)
+    dataset = dataclasses.replace(fashion, data_dir=tmp_path / "tfds")
+    with pytest.raises(DataError, match="an IDX file of unsigned bytes") as caught:
+        load_splits(dataset, ("train",))
     # The command line says it in a line.
     assert errors.explanation(caught.value) == str(caught.value)

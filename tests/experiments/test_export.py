@@ -1,6 +1,4 @@
-import dataclasses
 import errno
-import io
 import json
 import os
 import pathlib
@@ -11,15 +9,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import rich.console
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 from safetensors.flax import load_file
 
-from experiments import configs, data, export, plans, runs
-from experiments.compare import train_and_evaluate
-from experiments.networks import make_model
+from experiments import __main__
+from experiments.config.named import DIGITS
+from experiments.config.schema import from_settings, override
+from experiments.data.splits import load_splits
+from experiments.jobs.main import Trainer
+from experiments.jobs.run import final_state
+from experiments.reporting import export
+from experiments.runtime.errors import DataError, StorageError
+from tests.helpers import run_job
 
 README = pathlib.Path(__file__).parents[2] / "README.md"
 
@@ -28,19 +31,18 @@ README = pathlib.Path(__file__).parents[2] / "README.md"
 def job(tiny_model, tmp_path_factory):
     """A finished job of one seed."""
     workdir = tmp_path_factory.mktemp("job") / "run"
-    config = dataclasses.replace(tiny_model, workdir=workdir, seeds=1)
-    train_and_evaluate(config, rich.console.Console(file=io.StringIO()))
+    config = override(tiny_model, workdir=workdir, seeds=1)
+    run_job(config)
     return config
 
 
 def test_exported_network_is_the_averaged_one(job, capsys):
-    assert export.main([str(job.workdir)]) == 0
+    assert __main__.main(["export", str(job.workdir)]) == 0
     out = job.workdir / "export"
     variables = unflatten_dict(load_file(out / "model.safetensors"), sep="/")
     assert set(variables) == {"params", "batch_stats"}
-    splits = data.load_splits(job, ("train", "test"))
-    # As README shows it.
-    model = make_model(configs.from_json(metadata(out)["config"]), splits["test"])
+    splits = load_splits(job.data, ("train", "test"))
+    model = job.network
     images, labels = splits["test"].examples
     logits = model.apply(variables, images, train=False)
     accuracy = np.mean(np.argmax(logits, axis=-1) == labels)
@@ -49,9 +51,8 @@ def test_exported_network_is_the_averaged_one(job, capsys):
     assert accuracy == pytest.approx(row["accuracy"][0], abs=1e-9)
     assert f"test accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
     # Not by accident that of the last iterate.
-    swa = plans.make_arms(job)[-1]
-    compiled = export.compile_arm(job, swa, splits["train"])
-    state = runs.final_state(job, compiled, 0)
+    compiled = Trainer(job, splits).compile(job.plan.longest)
+    state = final_state(job.directory, compiled, 0)
     kernel = variables["params"]["Dense_0"]["kernel"]
     assert np.any(np.asarray(kernel) != state.params["Dense_0"]["kernel"])
 
@@ -61,7 +62,7 @@ def test_exported_network_is_the_averaged_one(job, capsys):
 
 
 def test_readme_shows_how_to_load_it(job, capsys):
-    export.main([str(job.workdir)])
+    __main__.main(["export", str(job.workdir)])
     (snippet,) = re.findall(r"```py\n(.*?)```", README.read_text(), re.DOTALL)
     assert "runs/digits" in snippet
     capsys.readouterr()
@@ -81,7 +82,7 @@ def test_export_says_what_it_is(job, tmp_path):
     out, _ = export.export(job.workdir, tmp_path / "there", "swa1")
     found = metadata(out)
     assert (found["experiment"], found["arm"], found["seed"]) == ("digits", "swa1", "0")
-    assert configs.from_json(found["config"]) == job
+    assert from_settings(DIGITS, found["config"]) == job
     export.export(job.workdir, out, "swa3")  # replaces it
     assert metadata(out)["arm"] == "swa3"
     assert {path.name for path in out.iterdir()} == {"orbax", "model.safetensors"}
@@ -125,9 +126,12 @@ def test_what_is_not_an_export_is_never_replaced(job, tmp_path, capsys, fill):
     (tmp_path / "link").symlink_to("precious")
     before = contents(tmp_path)
     for out in ("precious", "link"):
-        with pytest.raises(export.ExportError, match="something other than an earlie"):
+        with pytest.raises(StorageError, match="something other than an earlie"):
             write_export(tmp_path / out)
-        assert export.main([str(job.workdir), "--out", str(tmp_path / out)]) == 1
+        assert (
+            __main__.main(["export", str(job.workdir), "--out", str(tmp_path / out)])
+            == 1
+        )
         shown = capsys.readouterr().err
         assert "name a directory that is empty or not there" in shown
         assert shown.count("\n") == 1
@@ -153,7 +157,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export.safetensors.numpy, "save_file", full)
-    with pytest.raises(export.ExportError, match=r"cannot be written .* No space left"):
+    with pytest.raises(StorageError, match=r"cannot be written .* No space left"):
         write_export(out)
     monkeypatch.undo()
     replace = os.replace
@@ -164,7 +168,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(export.os, "replace", refuse)
-    with pytest.raises(export.ExportError, match="Permission denied"):
+    with pytest.raises(StorageError, match="Permission denied"):
         write_export(out)
     assert contents(tmp_path) == before
 
@@ -177,8 +181,8 @@ def test_where_no_directory_can_be_is_an_error(
     file.write_text("mine")
     out = {"a file": file, "under a file": file / "a" / "b"}.get(kind, kind)
     # Told before the data set is read and the BatchNorm pass made.
-    monkeypatch.setattr(export, "_averaged", lambda *args: pytest.fail("too late"))
-    assert export.main([str(job.workdir), "--out", str(out)]) == 1
+    monkeypatch.setattr(export, "load_splits", lambda *args: pytest.fail("too late"))
+    assert __main__.main(["export", str(job.workdir), "--out", str(out)]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: out is ")
     assert shown.count("\n") == 1
@@ -191,18 +195,20 @@ def test_damaged_files_of_a_job_are_errors(job, tmp_path, capsys, content, name)
     workdir = tmp_path / "copy"
     shutil.copytree(job.workdir, workdir)
     (workdir / name).write_text(content)
-    assert export.main([str(workdir)]) == 1
+    assert __main__.main(["export", str(workdir)]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {workdir / name} ")
     assert shown.count("\n") == 1
 
 
 def test_data_that_cannot_be_had_are_an_error(job, tmp_path, capsys, monkeypatch):
-    def damaged(*args):
-        raise data.DataError("train-images is damaged: reinstall it.")
+    def damaged(*args, **kwargs):
+        raise DataError("train-images is damaged: reinstall it.")
 
-    monkeypatch.setattr(data, "load_splits", damaged)
-    assert export.main([str(job.workdir), "--out", str(tmp_path / "out")]) == 1
+    monkeypatch.setattr(export, "load_splits", damaged)
+    assert (
+        __main__.main(["export", str(job.workdir), "--out", str(tmp_path / "out")]) == 1
+    )
     assert capsys.readouterr().err == "error: train-images is damaged: reinstall it.\n"
     assert not list(tmp_path.iterdir())
 
@@ -230,11 +236,11 @@ def test_network_of_many_devices_is_exported_on_one(job, tmp_path):
     ],
 )
 def test_what_cannot_be_exported_is_an_error(job, args, message, capsys):
-    assert export.main([str(job.workdir), *args]) == 1
+    assert __main__.main(["export", str(job.workdir), *args]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_directory_without_a_job_is_an_error(tmp_path, capsys):
-    assert export.main([str(tmp_path)]) == 1
+    assert __main__.main(["export", str(tmp_path)]) == 1
     shown = capsys.readouterr().err
     assert "config.json does not hold the settings of a job" in shown

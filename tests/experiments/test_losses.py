@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments import losses
+from experiments.training import losses
 
 
 def log_softmax(logits):

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 
-from experiments import __main__, compare, configs, data, tune
-from experiments.errors import StorageError
+from experiments import __main__
+from experiments.config.named import DIGITS, EXPERIMENTS
+from experiments.config.schema import override
+from experiments.jobs import main as compare
+from experiments.jobs import tune
+from experiments.runtime.errors import DataUnavailableError, StorageError
 
 # As in the fixture `tiny`, through the command line.
 TINY = [
@@ -19,7 +23,6 @@ TINY = [
     *("--eval-batch-size", "256"),
     *("--widths", "4", "4"),
     *("--strides", "2", "2"),
-    *("--tune-seeds", "1"),
 ]
 
 
@@ -37,6 +40,7 @@ def run(tmp_path, data_dir):
 def test_digits_end_to_end(run, capsys):
     workdir = run("first")
     assert {path.name for path in workdir.iterdir()} == {
+        ".drawing.lock",
         ".lock",
         "config.json",
         "curves.png",
@@ -108,13 +112,16 @@ def test_digits_end_to_end(run, capsys):
         assert row["loss"] == first["loss"][:1]
 
 
-def test_tune_flag_tunes(monkeypatch, tmp_path):
+@pytest.mark.parametrize("old", [False, True])
+def test_tune_is_a_command(monkeypatch, old):
     seen = []
-    monkeypatch.setattr(tune, "tune", lambda config, console: seen.append(config))
-    assert __main__.main([*TINY, "--tune", "--swa-lr", "0.3"]) == 0
-    (config,) = seen
-    assert config == dataclasses.replace(
-        configs.DIGITS,
+    monkeypatch.setattr(tune, "tune", lambda *args: seen.append(args[:2]))
+    words = [*TINY[1:], "--tune-seeds", "1", "--swa-lr", "0.3"]
+    words = ["digits", *words, "--tune"] if old else ["tune", "digits", *words]
+    assert __main__.main(words) == 0
+    ((config, tuning),) = seen
+    assert config == override(
+        DIGITS,
         seeds=2,
         train_examples=20,
         epochs=4,
@@ -123,22 +130,44 @@ def test_tune_flag_tunes(monkeypatch, tmp_path):
         eval_batch_size=256,
         widths=(4, 4),
         strides=(2, 2),
-        tune=True,
-        tune_seeds=1,
         swa_lr=0.3,
     )
+    assert tuning == dataclasses.replace(EXPERIMENTS["digits"].tuning, tune_seeds=1)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["digits", "--epoch", "3"], "--epoch"),
-        (["digitz"], "digitz"),
+        (
+            ["digits", "--epoch", "3"],
+            "--epoch is no setting of digits. Did you mean\n"
+            "  python -m experiments digits --epochs 3",
+        ),
+        (
+            ["tune", "digits", "--tune_swalrs", "3"],
+            "Did you mean\n  python -m experiments tune digits --tune-swa-lrs 3",
+        ),
+        (
+            ["digitz", "--epochs", "3"],
+            "digitz is no command or experiment. Did you mean\n"
+            "  python -m experiments digits --epochs 3",
+        ),
+        (
+            ["tune", "fashion"],
+            "Did you mean\n  python -m experiments tune fashion_mnist",
+        ),
+        (["reprot", "runs/x"], "Did you mean\n  python -m experiments report runs/x"),
+        (["digits", "--context", "64"], "--context is no setting of digits"),
+        (["digits", "--zzz"], "See python -m experiments digits --help"),
+        (["train"], "experiment missing; there are digits, digits_nnx, fashion_mnist"),
         (["digits", "--epochs", "many"], "many"),
         (["digits", "--epochs", "7"], "swa_epochs contains 10 with epochs=7"),
         (["digits", "--parallel", "vmap"], "vmap"),
         (["digits", "--num-processes", "2"], "give all three, or none of them"),
-        ([], "Expected one of {digits, digits_nnx, fashion_mnist"),
+        (
+            [],
+            "command or experiment missing; there are train, tune, report, export, b",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_errors(args, message, capsys):
@@ -149,7 +178,7 @@ def test_mistakes_on_the_command_line_are_errors(args, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "kind", [data.DataUnavailableError, FloatingPointError, StorageError]
+    "kind", [DataUnavailableError, FloatingPointError, StorageError]
 )
 def test_expected_failures_come_without_a_traceback(kind, monkeypatch, capsys):
     def fail(config, console):
@@ -212,7 +241,7 @@ def test_a_command_that_could_not_start_is_corrected(data_dir, tmp_path, capsys)
     for count in ("5000", "6000"):
         assert __main__.main([*TINY, *places, "--train-examples", count]) == 1
         assert capsys.readouterr().err == (
-            f"error: train_examples is {count}; the train split of digits has 896. Ask"
+            f"error: train_examples is {count}; the train split of Digits has 896. Ask"
             " for at most that many.\n"
         )
 
@@ -224,19 +253,20 @@ def test_help_lists_the_experiments():
         text=True,
         check=True,
     ).stdout
-    for name in configs.EXPERIMENTS:
+    for name in EXPERIMENTS:
         assert f"• {name} " in shown
     assert "python -m experiments" in shown
 
 
 def test_arguments_are_read_before_anything_heavy_is_imported():
-    """Help and typos are answered at once: JAX and all else take seconds."""
+    """Help and typos are answered at once; jobs take seconds to import."""
     script = (
         "import sys, experiments.__main__ as main\n"
         "try:\n"
         "    main.main(['digits', '--help'])\n"
         "finally:\n"
-        "    heavy = {'jax', 'numpy', 'flax', 'optax', 'scipy', 'tensorboard'}\n"
+        "    heavy = {'grain', 'tensorflow_datasets', 'orbax', 'scipy', 'sklearn',\n"
+        "             'tensorboard', 'matplotlib', 'safetensors'}\n"
         "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
     found = subprocess.run(
@@ -244,3 +274,32 @@ def test_arguments_are_read_before_anything_heavy_is_imported():
     )
     assert (found.returncode, found.stderr) == (0, "[]\n")
     assert "--swa-lr" in found.stdout
+
+
+def test_help_shows_in_groups_what_applies(capsys):
+    shown = {}
+    for words in (["digits"], ["shakespeare"], ["tune", "shakespeare"]):
+        with pytest.raises(SystemExit) as caught:
+            __main__.main([*words, "--help"])
+        assert caught.value.code == 0
+        shown[words[-1] + words[0]] = capsys.readouterr().out
+    digits, text, tuned = shown.values()
+    for group in ("data", "model", "optimizer", "protocol", "saving", "cluster"):
+        assert f"{group} options" in digits
+    for flag in ("--widths", "--max-shift", "--swa-epochs", "--learning-rate"):
+        assert flag in digits
+    for flag in ("--layers", "--context", "--control-lr"):
+        assert (flag in digits, flag in text) == (False, True)
+    assert "--tune-control-lrs" in tuned
+    for flag in ("--tune-", "--num-classes", "--axis-name", "--decay-all", "--name"):
+        assert flag not in text
+
+
+def test_first_line_comes_before_what_is_slow(monkeypatch, capsys):
+    def fail(config, console):
+        shown = capsys.readouterr().out
+        assert shown == "digits: work directory runs/digits\n"
+        raise StorageError("far enough")
+
+    monkeypatch.setattr(compare, "train_and_evaluate", fail)
+    assert __main__.main(["train", "digits"]) == 1

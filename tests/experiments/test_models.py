@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.models import ConvNet
+from experiments.data.dataset import Inputs
+from experiments.models.convnet import ConvNet
 
 STRIDES = (1, 2, 2)
 
@@ -41,7 +42,7 @@ def forward(variables, images, strides, pixel_max, train):
 @pytest.fixture(scope="module")
 def network():
     """A network with every parameter and statistic moved off its initial value."""
-    model = ConvNet((3, 4, 5), STRIDES, pixel_max=16)
+    model = ConvNet((3, 4, 5), STRIDES, data=Inputs((7, 8, 1), 10, pixel_max=16))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 17, (6, 7, 8, 1), dtype=np.uint8)
     init = jax.jit(model.init, static_argnames="train")
@@ -85,7 +86,7 @@ def test_training_mode_matches_numpy_and_updates_statistics(network):
 
 def test_pixel_max_scales_the_input(network):
     model, variables, images = network
-    other = ConvNet((3, 4, 5), STRIDES, pixel_max=32)
+    other = model.clone(data=model.data._replace(pixel_max=32))
     np.testing.assert_allclose(
         evaluation_logits(model, variables, images),
         evaluation_logits(other, variables, 2 * images),

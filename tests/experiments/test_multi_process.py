@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments import data
+from experiments.data.splits import load_splits
 
 TINY = [
     *("-m", "experiments", "digits"),
@@ -30,7 +30,7 @@ TIMEOUT = 240  # seconds; a job takes about 20 on an idle machine
 
 
 def free_port(low=20_000, high=30_000):
-    for port in random.sample(range(low, high), 100):
+    for port in random.SystemRandom().sample(range(low, high), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
@@ -90,7 +90,7 @@ def cluster_flags(process, port):
 
 @pytest.fixture(scope="module")
 def prepared(data_dir, tiny_model):
-    data.load_splits(tiny_model, ("train", "test"))
+    load_splits(tiny_model.data, ("train", "test"))
     return ["--data-dir", str(data_dir)]
 
 
@@ -159,8 +159,8 @@ def test_two_processes_train_the_same_network(
 ONE_FAILS = """
 import sys
 from jax.experimental import multihost_utils
-from experiments import configs, data, processes
-with processes.job(configs.Cluster(False, sys.argv[1], 2, int(sys.argv[2]))):
+from experiments.runtime import errors, processes
+with processes.job(processes.Cluster(False, sys.argv[1], 2, int(sys.argv[2]))):
     multihost_utils.sync_global_devices("start")
     if not processes.is_main():
         raise {error}
@@ -172,7 +172,7 @@ with processes.job(configs.Cluster(False, sys.argv[1], 2, int(sys.argv[2]))):
     ("error", "shown", "traceback"),
     [
         ("OSError('the disk is gone')", "OSError: the disk is gone", True),
-        ("data.DataUnavailableError('run pip')", "error: run pip\n", False),
+        ("errors.DataUnavailableError('run pip')", "error: run pip\n", False),
     ],
 )
 def test_one_failing_process_ends_the_job(job, error, shown, traceback):

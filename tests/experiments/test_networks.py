@@ -1,23 +1,30 @@
 """The networks of the published experiments: sizes, dtypes, modes."""
 
-import dataclasses
-import io
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 
 import swa_jax
-from experiments import configs, data, models
-from experiments.builders import Examples
-from experiments.compare import train_and_evaluate
-from experiments.data import MemorySplit
-from experiments.evaluate import make_batch_stats_fn
-from experiments.networks import make_model
+from experiments import models
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import override
+from experiments.data.dataset import Inputs
+from experiments.models.convnet import ConvNet
+from experiments.models.from_nnx import NnxConvNet
+from experiments.models.preresnet import PreResNet
+from experiments.models.resnet import ResNet
+from experiments.models.transformer import Transformer
+from experiments.models.vgg import VGG16
+from experiments.models.wide_resnet import WideResNet
+from experiments.training.scoring import make_batch_stats_fn
+from tests.helpers import run_job
 
+SHAPE = 32, 32, 3
+IMAGES = Inputs(SHAPE, 10)
+GREY = Inputs(SHAPE, 10, (120.0,), (60.0,))
 CIFAR = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8)
 KEY = jax.random.key(0)
 
@@ -37,12 +44,12 @@ def count(model, inputs=CIFAR):
     [
         # Izmailov et al. 2018 and Zagoruyko and Komodakis 2016 publish the millions;
         # the sums are over layers, by hand: VGG16's 13 convolutions hold 14,714,688.
-        (models.VGG16(batch_norm=False, num_classes=100), 15_291_300, 15.3),
-        (models.VGG16(batch_norm=False), 15_245_130, 15.2),
-        (models.VGG16(batch_norm=True), 15_253_578, 15.3),
-        (models.PreResNet(164), 1_703_258, 1.7),
-        (models.PreResNet(110), 1_146_842, 1.1),
-        (models.WideResNet(28, 10), 36_489_290, 36.5),
+        (VGG16(batch_norm=False, data=Inputs((32, 32, 3), 100)), 15_291_300, 15.3),
+        (VGG16(batch_norm=False, data=IMAGES), 15_245_130, 15.2),
+        (VGG16(batch_norm=True, data=IMAGES), 15_253_578, 15.3),
+        (PreResNet(164, data=IMAGES), 1_703_258, 1.7),
+        (PreResNet(110, data=IMAGES), 1_146_842, 1.1),
+        (WideResNet(28, 10, data=IMAGES), 36_489_290, 36.5),
     ],
 )
 def test_published_sizes(model, exact, millions):
@@ -52,17 +59,17 @@ def test_published_sizes(model, exact, millions):
 
 
 SMALL = [
-    models.ConvNet((4, 4), (1, 2), pixel_max=255),
-    models.NnxConvNet((4, 4), (1, 2), pixel_max=255),
-    models.PreResNet(11, pixel_mean=(120.0,), pixel_std=(60.0,)),
-    models.WideResNet(10, 1, pixel_mean=(120.0, 110.0, 100.0), pixel_std=(60.0,) * 3),
-    models.VGG16(batch_norm=True, pixel_mean=(120.0,), pixel_std=(60.0,)),
-    models.ResNet((1, 1, 1, 1), num_classes=10),
+    ConvNet((4, 4), (1, 2), data=IMAGES),
+    NnxConvNet((4, 4), (1, 2), data=IMAGES),
+    PreResNet(11, data=GREY),
+    WideResNet(10, 1, data=Inputs(SHAPE, 10, (120.0, 110.0, 100.0), (60.0,) * 3)),
+    VGG16(batch_norm=True, data=GREY),
+    ResNet((1, 1, 1, 1), data=IMAGES),
 ]
 NAMES = [type(model).__name__ for model in SMALL]
 # Networks without statistics, with what they take and give.
-WITHOUT_NORM = models.VGG16(batch_norm=False)
-TEXT = models.Transformer(vocab_size=10, context=6, layers=2, heads=2, width=8)
+WITHOUT_NORM = VGG16(batch_norm=False, data=IMAGES)
+TEXT = Transformer(layers=2, heads=2, width=8, data=Inputs((6,), 10))
 TOKENS = jax.ShapeDtypeStruct((2, 6), jnp.uint8)
 
 
@@ -77,7 +84,7 @@ TOKENS = jax.ShapeDtypeStruct((2, 6), jnp.uint8)
 def test_parameters_statistics_and_logits_are_float32_under_bfloat16(
     model, inputs, logits_shape
 ):
-    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    model = model.clone(dtype="bfloat16")
     variables = shapes(model, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
@@ -180,7 +187,7 @@ def test_nnx_network_is_the_linen_one():
 
 
 def test_vgg_drops_activations_in_training_only():
-    model = models.VGG16(batch_norm=False)
+    model = WITHOUT_NORM
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     variables = jax.jit(lambda k, x: model.init(k, x, train=False))(KEY, images)
 
@@ -196,9 +203,7 @@ def test_vgg_drops_activations_in_training_only():
 
 @pytest.fixture(scope="module")
 def transformer():
-    model = models.Transformer(
-        vocab_size=11, context=6, layers=2, heads=2, width=8, dropout=0.5
-    )
+    model = TEXT.clone(dropout=0.5, data=Inputs((6,), 11))
     tokens = np.random.default_rng(0).integers(0, 11, (3, 6), np.uint8)
     variables = jax.jit(lambda k, x: model.init(k, x, train=False))(KEY, tokens)
     # Away from the start, where residual layers hardly matter.
@@ -246,8 +251,8 @@ def test_transformer_has_no_statistics_but_dropout(transformer):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (models.PreResNet(100), r"depth is 100; .* 9 n \+ 2, such as"),
-        (models.WideResNet(29), r"depth is 29; .* 6 n \+ 4, such as"),
+        (PreResNet(100, data=IMAGES), r"depth is 100; .* 9 n \+ 2, such as"),
+        (WideResNet(29, data=IMAGES), r"depth is 29; .* 6 n \+ 4, such as"),
     ],
 )
 def test_impossible_depths_are_errors(model, message):
@@ -255,42 +260,35 @@ def test_impossible_depths_are_errors(model, message):
         shapes(model)
 
 
-@pytest.mark.parametrize("name", configs.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_its_network(name):
-    _, config = configs.EXPERIMENTS[name]
-    size = {"digits": 8, "fashion_mnist": 28, "imagenet2012": 224}
-    channels = 1 if config.dataset in ("digits", "fashion_mnist") else 3
-    side = size.get(config.dataset, 32)
-    shape = (config.context,) if config.context else (side, side, channels)
-    split = MemorySplit(
-        Examples(np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32)),
-        data.NUM_CLASSES[config.dataset],
-        data.PIXEL_STATISTICS.get(config.dataset, ((0.0,), (1.0,))),
-    )
-    model = make_model(config, split)
-    assert hash(model) == hash(make_model(config, split))  # static under jit
-    inputs = jax.ShapeDtypeStruct((2, *shape), jnp.uint8)
-    variables = shapes(model, inputs)
+    """Without its data set, which need not be here."""
+    config = EXPERIMENTS[name].config
+    model = config.network
+    assert hash(model) == hash(config.network)  # static under jit
+    inputs = jax.ShapeDtypeStruct((2, *config.data.inputs.shape), jnp.uint8)
+    variables = models.shapes(model)
     logits = jax.eval_shape(
         lambda v, x: model.apply(v, x, train=False), variables, inputs
     )
-    assert logits.shape[-1] == split.num_classes
+    assert logits.shape[-1] == config.data.inputs.num_classes
+    without = name == "shakespeare" or name.endswith("vgg16")
+    assert models.has_batch_norm(model) == (not without)
 
 
 def test_nnx_network_trains_to_the_end(tiny):
     """As a whole job, its BatchNorm pass included."""
-    _, nnx = configs.EXPERIMENTS["digits_nnx"]
-    config = dataclasses.replace(
-        tiny, name=nnx.name, model=nnx.model, seeds=1, epochs=3, swa_epochs=(2,)
-    )
-    rows = train_and_evaluate(config, rich.console.Console(file=io.StringIO()))
-    assert [row.label for row in rows] == [
+    nnx = EXPERIMENTS["digits_nnx"].config
+    small = nnx.model.clone(widths=(4, 4), strides=(2, 2))
+    config = override(tiny, name=nnx.name, model=small)
+    rows = run_job(override(config, seeds=1, epochs=3, swa_epochs=(2,)))
+    assert [row["label"] for row in rows] == [
         "SGD",
         "SWA, last 2 epochs",
         "SWA, last 2 epochs, statistics averaged along",
         "SWA, last 2 epochs, no BatchNorm pass",
     ]
     for row in rows:
-        assert np.isfinite([*row.loss, *row.train_loss]).all()
+        assert np.isfinite([*row["loss"], *row["train_loss"]]).all()
     # The pass matters: the same weights do better with statistics of their own.
-    assert rows[1].train_loss[0] < rows[3].train_loss[0]
+    assert rows[1]["train_loss"][0] < rows[3]["train_loss"][0]

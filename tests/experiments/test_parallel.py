@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import chex
@@ -9,16 +8,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import swa_jax
-from experiments import data, evaluate, parallel, plans
-from experiments.networks import make_model
-from experiments.parallel import AXIS_NAME, DevicesError, make_strategy
-from experiments.train import (
-    Hooks,
-    compile_arm,
-    make_optimizer,
-    make_train_step,
-    train,
-)
+from experiments.config.schema import override
+from experiments.runtime.errors import DevicesError
+from experiments.training import parallel
+from experiments.training.loop import Hooks, train
+from experiments.training.optimizer import make_optimizer
+from experiments.training.parallel import AXIS_NAME, make_strategy
+from experiments.training.scoring import averaged_variables, make_batch_stats_fn
+from experiments.training.step import make_train_step
+from tests.helpers import compile_arm, largest_difference, train_batches
 
 STRATEGIES = ["pmap", "shard_map", "jit"]
 # 12 steps. In each, a device order of its own rounds the gradient differently, and the
@@ -31,16 +29,7 @@ ATOL = 2 * STEPS * np.finfo(np.float32).eps
 @pytest.fixture(scope="module")
 def spread(tiny_model):
     """Two rows of each batch for each of the 8 devices; 2 steps an epoch."""
-    return dataclasses.replace(
-        tiny_model, batch_size=16, epochs=STEPS // 2, swa_epochs=(4,)
-    )
-
-
-def make_arm(config, split, window):
-    """Compile the arm that averages the last `window` epochs; 0: the plain one."""
-    name = f"swa{window}" if window else "sgd"
-    (arm,) = (arm for arm in plans.make_arms(config) if arm.name == name)
-    return compile_arm(config, arm, split)
+    return override(tiny_model, batch_size=16, epochs=STEPS // 2, swa_epochs=(4,))
 
 
 def statistics(arm):
@@ -55,7 +44,7 @@ class Recorder(Hooks):
     def on_step(self, step, loss, learning_rate):
         self.losses.append(loss)
 
-    def on_epoch_end(self, epoch, state):
+    def on_epoch_end(self, epoch, step, state):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         self.averages.append(
             swa_jax.swa_params(state.opt_state, variables, allow_empty=True)
@@ -67,7 +56,7 @@ class Recorder(Hooks):
 
 def run(config, split):
     recorder = Recorder()
-    state = train(config, make_arm(config, split, 4), 0, split, recorder)
+    state = train(compile_arm(config, split, 4), 0, recorder)
     return state, recorder
 
 
@@ -77,15 +66,11 @@ def one_device(spread, split):
     return jax.device_get(state), recorder
 
 
-def largest_difference(a, b):
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_trains_the_single_device_network(
     spread, split, one_device, name
 ):
-    state, recorder = run(dataclasses.replace(spread, parallel=name), split)
+    state, recorder = run(override(spread, parallel=name), split)
     expected, expected_recorder = one_device
     assert swa_jax.swa_state(state.opt_state).num_averaged == 4
     # Parameters, running statistics, momentum, the average and the counters.
@@ -116,15 +101,13 @@ def test_shard_map_refuses_unsynchronised_statistics(spread, split):
 
 
 def unsynchronised_run(config, split, name):
-    strategy = make_strategy(name, config.batch_size)
-    arm = make_arm(config, split, 4)
-    optimizer = make_optimizer(config, arm.arm, 2, statistics(arm))
-    train_step = make_train_step(
-        make_model(config, split), optimizer, strategy.axis_name
-    )
+    strategy = make_strategy(name, config.data.batch_size)
+    arm = compile_arm(config, split, 4)
+    optimizer = make_optimizer(config.optimizer, arm.arm, 2, statistics(arm))
+    train_step = make_train_step(config.network, optimizer, strategy.axis_name)
     step = strategy.compile(train_step)
     state = strategy.place_state(arm.init(jax.random.key(0)))
-    for batch in data.train_batches(split, config, 0, last_step=STEPS):
+    for batch in train_batches(split, config, 0, last_step=STEPS):
         state, _ = step(state, strategy.place_batch(batch))
     return state
 
@@ -145,18 +128,18 @@ def compilations():
 
 @pytest.mark.parametrize("name", ["none", *STRATEGIES])
 def test_step_is_compiled_once_and_donates(spread, split, name):
-    config = dataclasses.replace(spread, parallel=name)
+    config = override(spread, parallel=name)
     chex.clear_trace_counter()
-    strategy = make_strategy(name, config.batch_size)
-    arm = make_arm(config, split, 4)
+    strategy = make_strategy(name, config.data.batch_size)
+    arm = compile_arm(config, split, 4)
     step = make_train_step(
-        make_model(config, split, strategy.axis_name),
-        make_optimizer(config, arm.arm, 2, statistics(arm)),
+        config.network.clone(axis_name=strategy.axis_name),
+        make_optimizer(config.optimizer, arm.arm, 2, statistics(arm)),
         strategy.axis_name,
     )
     states = [strategy.place_state(arm.init(jax.random.key(s))) for s in range(2)]
     batches = list(
-        map(strategy.place_batch, data.train_batches(split, config, 0, last_step=STEPS))
+        map(strategy.place_batch, train_batches(split, config, 0, last_step=STEPS))
     )
     compiled = strategy.compile(chex.assert_max_traces(step, n=1))
     before = len(compilations())
@@ -182,13 +165,13 @@ def buffers(state):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_batch_must_be_shared_equally(spread, split, name):
-    config = dataclasses.replace(spread, parallel=name, batch_size=20)
+    config = override(spread, parallel=name, batch_size=20)
     with pytest.raises(
         DevicesError,
         match=rf"batch_size is 20 on 8 devices; under --parallel {name} .*"
         r"--batch-size 24\.",
     ):
-        make_arm(config, split, 4)
+        compile_arm(config, split, 4)
 
 
 def test_one_device_in_a_job_of_several_processes_is_an_error(monkeypatch):
@@ -201,11 +184,11 @@ def test_one_device_in_a_job_of_several_processes_is_an_error(monkeypatch):
 def averaged(spread, one_device):
     """Averaged weights, stale statistics, and the single-device BatchNorm pass."""
     state, _ = one_device
-    return evaluate.averaged_variables(state)[0], state.batch_stats
+    return averaged_variables(state)[0], state.batch_stats
 
 
-def one_device_pass(config, split, averaged, images):
-    fn = evaluate.make_batch_stats_fn(make_model(config, split))
+def one_device_pass(config, averaged, images):
+    fn = make_batch_stats_fn(config.network)
     return swa_jax.recompute_batch_stats(fn, *averaged, images)
 
 
@@ -216,18 +199,18 @@ def test_batch_norm_pass_over_sharded_batches(spread, split, averaged):
         NamedSharding(mesh, spec)
         for spec in (PartitionSpec(AXIS_NAME), PartitionSpec())
     )
-    fn = evaluate.make_batch_stats_fn(make_model(spread, split))
+    fn = make_batch_stats_fn(spread.network)
     found = swa_jax.recompute_batch_stats(
         fn, *jax.device_put(averaged, replicated), jax.device_put(images, rows)
     )
-    expected = one_device_pass(spread, split, averaged, images)
+    expected = one_device_pass(spread, averaged, images)
     chex.assert_trees_all_close(found, expected, rtol=0, atol=ATOL)
     assert largest_difference(found, averaged[1]) > 1000 * ATOL
 
 
 def test_batch_norm_pass_under_pmap(spread, split, averaged):
     images = [split.examples.inputs[:16], split.examples.inputs[4:20]]
-    fn = evaluate.make_batch_stats_fn(make_model(spread, split, AXIS_NAME))
+    fn = make_batch_stats_fn(spread.network.clone(axis_name=AXIS_NAME))
     everywhere = make_strategy("pmap", 16)
     found = swa_jax.recompute_batch_stats(
         fn,
@@ -235,7 +218,7 @@ def test_batch_norm_pass_under_pmap(spread, split, averaged):
         map(everywhere.place_batch, images),
         axis_name=AXIS_NAME,
     )
-    expected = one_device_pass(spread, split, averaged, images)
+    expected = one_device_pass(spread, averaged, images)
     for device in range(8):
         own = jax.tree.map(lambda x, d=device: x[d], jax.device_get(found))
         chex.assert_trees_all_close(own, expected, rtol=0, atol=ATOL)

@@ -1,10 +1,10 @@
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from experiments import configs, plans
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import override
 
 
 def cosine(peak, share):
@@ -12,17 +12,17 @@ def cosine(peak, share):
 
 
 def by_name(config):
-    return {arm.name: arm for arm in plans.make_arms(config)}
+    return {arm.name: arm for arm in config.plan}
 
 
 def test_side_by_side(tiny):
-    config = dataclasses.replace(tiny, learning_rate=0.4, swa_lr=0.1)
+    config = override(tiny, learning_rate=0.4, swa_lr=0.1)
     arms = by_name(config)
     assert list(arms) == ["sgd", "swa1", "swa3"]
     assert {arm.epochs for arm in arms.values()} == {4}
     assert [arm.averages_from for arm in arms.values()] == [None, 4, 2]
     # 5 steps an epoch; SGD's cosine ends at 0 after 20, SWA's at 0.1 after 5.
-    sgd, swa = (plans.learning_rates(arms[name], 5) for name in ("sgd", "swa3"))
+    sgd, swa = (arms[name].learning_rates(5) for name in ("sgd", "swa3"))
     expected = [cosine(0.4, step / 20) for step in range(20)]
     np.testing.assert_allclose(sgd, expected, rtol=1e-5, atol=1e-7)
     expected = [0.1 + cosine(0.3, step / 5) for step in range(20)]
@@ -55,10 +55,10 @@ def test_fine_tune(tiny_fine_tune):
     assert arms["swa"].averages_from == 5
     # Three further epochs of two steps each, at the arm's own constant rate.
     for name, rate in (("swa", 0.05), ("control", 0.01)):
-        rates = plans.learning_rates(arms[name], 2)
+        rates = arms[name].learning_rates(2)
         np.testing.assert_array_equal(rates, np.full(6, rate, np.float32))
     np.testing.assert_allclose(
-        plans.learning_rates(arms["sgd7"], 2),
+        arms["sgd7"].learning_rates(2),
         [cosine(0.1, step / 14) for step in range(14)],
         rtol=1e-5,
         atol=1e-8,
@@ -75,7 +75,7 @@ def test_fine_tune(tiny_fine_tune):
 
 def test_budgets_are_the_original_repositorys():
     """Constant to half, linear to 0.9, then 0.01 of the first rate, or `swa_lr`."""
-    _, config = configs.EXPERIMENTS["cifar10_vgg16"]
+    config = EXPERIMENTS["cifar10_vgg16"].config
     arms = by_name(config)
     assert list(arms) == ["sgd1", "sgd1.25", "sgd1.5", "swa"]
 
@@ -88,15 +88,15 @@ def test_budgets_are_the_original_repositorys():
         return lr * ratio
 
     for name, total, ratio in (("sgd1.25", 250, 0.01), ("swa", 161, 0.2)):
-        rates = plans.learning_rates(arms[name], 1)
+        rates = arms[name].learning_rates(1)
         expected = [original(e, 0.05, total, ratio) for e in range(len(rates))]
         np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
     assert [r.epoch for r in arms["swa"].readouts] == [200, 250, 300]
 
 
-@pytest.mark.parametrize("name", configs.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_plan(name):
-    arms = plans.make_arms(configs.EXPERIMENTS[name][1])
+    arms = EXPERIMENTS[name].config.plan
     seen = set()
     for arm in arms:
         assert arm.parent is None or arm.parent in seen  # parents come first

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.models import STAGES, ResNet
+from experiments.data.dataset import Inputs
+from experiments.models.resnet import IMAGENET, STAGES, ResNet
 
 from ..aot.cases import RESNET50
 
@@ -23,25 +24,25 @@ def variables(model):
 # torchvision's counts for the same networks, which round to the published 25.6M, 44.5M
 # and 60.2M.
 @pytest.mark.parametrize(
-    ("name", "count"),
+    ("depth", "count"),
     [
-        ("resnet50", 25_557_032),
-        ("resnet101", 44_549_160),
-        ("resnet152", 60_192_808),
+        (50, 25_557_032),
+        (101, 44_549_160),
+        (152, 60_192_808),
     ],
 )
-def test_parameter_count(name, count):
-    params = variables(ResNet(STAGES[name]))["params"]
+def test_parameter_count(depth, count):
+    params = variables(ResNet(STAGES[depth], data=IMAGENET))["params"]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count
 
 
 def test_resnet50_has_the_shapes_of_its_architecture():
-    params = variables(ResNet(STAGES["resnet50"]))["params"]
+    params = variables(ResNet(STAGES[50], data=IMAGENET))["params"]
     assert sorted(x.shape for x in jax.tree.leaves(params)) == sorted(RESNET50)
 
 
 def test_float32_is_kept_where_precision_counts():
-    model = ResNet(STAGES["resnet50"], dtype=jnp.bfloat16)
+    model = ResNet(STAGES[50], dtype="bfloat16", data=IMAGENET)
     found = variables(model)
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     logits = jax.eval_shape(
@@ -53,7 +54,7 @@ def test_float32_is_kept_where_precision_counts():
 
 
 def test_strides_are_in_the_3x3_convolutions():
-    model = ResNet(STAGES["resnet50"])
+    model = ResNet(STAGES[50], data=IMAGENET)
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
         variables(model), IMAGES
     )
@@ -69,7 +70,7 @@ def test_strides_are_in_the_3x3_convolutions():
 
 def test_blocks_start_as_the_identity_on_zero_scales():
     # The last norm of a block starts at 0, so that what is left is relu(x).
-    model = ResNet((1, 0, 0, 0), num_classes=2)
+    model = ResNet((1, 0, 0, 0), data=Inputs((8, 8, 3), 2))
     images = jnp.zeros((1, 8, 8, 3))
     params = model.init(jax.random.key(0), images, train=False)["params"]
     scales = {

@@ -1,14 +1,23 @@
-import io
+import importlib.metadata
 import json
 import math
+import platform
+import subprocess
 
+import jax
 import numpy as np
 import pytest
-import rich.console
 import scipy.stats
 
-from experiments import files, plans, results
-from experiments.results import Row, Score
+from experiments.config.schema import settings_of
+from experiments.jobs import results
+from experiments.jobs.results import Row
+from experiments.jobs.run import Score
+from experiments.reporting import tables
+from experiments.reporting.tables import Results
+from experiments.runtime import files
+from experiments.runtime.tables import mean_and_std
+from tests.helpers import quiet, run_job
 
 
 def row(label, arm, epoch, accuracy, loss, weights="iterate", method="sgd"):
@@ -23,13 +32,13 @@ ROWS = [
 
 def test_standard_deviation_is_that_of_a_sample():
     # Deviations -1, 0, 1: variance 2 / (3 - 1) = 1; dividing by 3 would give 0.82.
-    assert results.mean_and_std([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
-    assert results.mean_and_std([0.98765], 4) == "0.9877"
-    assert results.mean_and_std([1.0, math.inf], 2) == "inf"  # a seed that diverged
+    assert mean_and_std([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert mean_and_std([0.98765], 4) == "0.9877"
+    assert mean_and_std([1.0, math.inf], 2) == "inf"  # a seed that diverged
 
 
 def test_comparison_is_a_paired_test_over_seeds(tiny):
-    (found,) = results.compare(ROWS, plans.make_arms(tiny))
+    (found,) = results.compare(ROWS, tiny.plan)
     assert (found.row, found.against) == ("SWA", "SGD")
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.loss == pytest.approx(-0.1)
@@ -42,13 +51,13 @@ def test_comparison_is_a_paired_test_over_seeds(tiny):
 
 
 def test_averages_meet_plain_training_as_long_and_their_parent(tiny_fine_tune):
-    arms = plans.make_arms(tiny_fine_tune)
-    rows = list(results.make_rows(arms).values())
+    plan = tiny_fine_tune.plan
+    rows = list(results.make_rows(plan).values())
     rng = np.random.default_rng(0)
     for each in rows:
         for _ in range(2):
             each.add(Score(*rng.random(3)))
-    pairs = {(c.row, c.against) for c in results.compare(rows, arms)}
+    pairs = {(c.row, c.against) for c in results.compare(rows, plan)}
     assert pairs == {
         ("SWA, 1 more epoch", "SGD, 4 epochs"),
         ("SWA, 1 more epoch", "control, 1 more epoch (0.01)"),
@@ -63,19 +72,19 @@ def test_averages_meet_plain_training_as_long_and_their_parent(tiny_fine_tune):
 def test_equal_differences_have_no_test(tiny):
     same = [row("SGD", "sgd", 4, [0.5, 0.5], [1.0, 2.0])]
     same += [row("SWA", "swa1", 4, [0.6, 0.6], [1.0, 2.0], "average", "swa")]
-    (found,) = results.compare(same, plans.make_arms(tiny))
+    (found,) = results.compare(same, tiny.plan)
     assert np.isnan(found.accuracy_p)
     assert np.isnan(found.loss_p)
 
 
 def test_one_seed_has_no_test(tiny):
     one = [row(r.label, r.arm, 4, [0.5], [1.0], r.weights, r.method) for r in ROWS]
-    assert results.compare(one, plans.make_arms(tiny)) == []
+    assert results.compare(one, tiny.plan) == []
 
 
 def test_markdown(tiny):
-    comparisons = results.compare(ROWS, plans.make_arms(tiny))
-    assert results.make_markdown(ROWS, comparisons) == (
+    comparisons = results.compare(ROWS, tiny.plan)
+    assert tables.make_markdown(Results("digits", ROWS, comparisons)) == (
         "| Method | Test accuracy (%) | Test loss | Train loss |\n"
         "|---|---:|---:|---:|\n"
         "| SGD | 98.00 ± 1.00 | 0.2000 ± 0.1000 | 0.1000 ± 0.0000 |\n"
@@ -88,12 +97,12 @@ def test_markdown(tiny):
 
 
 def test_tables_show_every_row(tiny):
-    console = rich.console.Console(file=io.StringIO(), width=120)
-    comparisons = results.compare(ROWS, plans.make_arms(tiny))
-    for table in results.make_tables(tiny, ROWS, comparisons):
+    console = quiet()
+    comparisons = results.compare(ROWS, tiny.plan)
+    for table in tables.make_tables(Results("digits", ROWS, comparisons)):
         console.print(table)
     shown = console.file.getvalue()
-    assert "digits: test split, mean ± sample std of 2 seeds" in shown
+    assert "digits: test split, mean ± sample std of 3 seeds" in shown
     for text in ("98.00 ± 1.00", "0.1000 ± 0.0000", "+0.67 (t 2.0, p 0.184)"):
         assert text in shown
 
@@ -107,16 +116,32 @@ def test_row_collects_seeds():
     assert other.accuracy == []
 
 
-def test_results_hold_the_configuration_and_every_seed(tiny):
-    results.write_results(tiny, ROWS, results.compare(ROWS, plans.make_arms(tiny)))
+def test_results_hold_the_configuration_every_seed_and_their_origin(tiny):
+    rows = run_job(tiny)
     found = json.loads((tiny.workdir / "results.json").read_text())
-    assert set(found) == {"config", "rows", "comparisons"}
-    assert found["config"] == results.config_dict(tiny)
+    assert found["config"] == settings_of(tiny)
     assert found["config"]["swa_epochs"] == [1, 3]
     assert found["config"]["workdir"] == str(tiny.workdir)
-    assert found["rows"][0]["accuracy"] == [0.97, 0.98, 0.99]
-    written = {path.name for path in tiny.workdir.iterdir()}
-    assert written == {"results.json", "results.md"}  # no drafts left
+    assert {len(row["accuracy"]) for row in rows} == {2}
+    origin = found["provenance"]
+    for name, version in origin["versions"].items():
+        if name != "python":
+            assert version == importlib.metadata.version(name)
+    assert origin["versions"]["python"] == platform.python_version()
+    assert origin["devices"] == f"{jax.device_count()} x cpu"
+    assert (origin["processes"], origin["cores"] > 0) == (1, True)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    head = done.stdout.strip()
+    assert (origin["commit"] or "").removesuffix("-dirty") == head
+    # Seconds of all six runs.
+    runs = [
+        json.loads(p.read_text()) for p in tiny.workdir.glob("runs/*/finished.json")
+    ]
+    assert len(runs) == 6
+    assert found["seconds"] == pytest.approx(sum(run["seconds"] for run in runs))
+    assert not [path for path in tiny.workdir.iterdir() if path.suffix.isdigit()]
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

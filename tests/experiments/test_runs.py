@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import pathlib
@@ -18,24 +17,20 @@ import time
 import jax
 import numpy as np
 import pytest
-import rich.console
 
-from experiments import compare, configs, runs
-from experiments.builders import Examples
-from experiments.checkpoints import Store
-from experiments.compare import train_and_evaluate
-from experiments.data import MemorySplit
-from experiments.errors import StoppedError, StorageError
-from experiments.metrics import read_log
-from experiments.preemption import Stopper
-
-
-def quiet():
-    return rich.console.Console(file=io.StringIO(), width=120)
-
-
-def scores(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import override
+from experiments.data.dataset import Examples
+from experiments.data.splits import MemorySplit
+from experiments.jobs import main as compare
+from experiments.jobs import run as runs
+from experiments.jobs.main import train_and_evaluate
+from experiments.runtime.errors import StoppedError, StorageError
+from experiments.runtime.metrics import read_log
+from experiments.runtime.signals import Stopper
+from experiments.runtime.store import Store
+from experiments.training.protocols import SideBySide
+from tests.helpers import quiet, rows_of
 
 
 def logged(workdir):
@@ -60,12 +55,10 @@ def final_arrays(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model, tmp_path_factory):
+def whole(tiny_fine_tune_model, tmp_path_factory):
     """An uninterrupted fine-tuning job: 5 arms, one seed."""
-    config = dataclasses.replace(
-        tiny_model,
-        protocol="fine_tune",
-        control_lr=0.01,
+    config = override(
+        tiny_fine_tune_model,
         seeds=1,
         workdir=tmp_path_factory.mktemp("whole") / "run",
         checkpoint_every=4,
@@ -85,14 +78,14 @@ def test_runs_of_a_fine_tuning_job(whole):
         "sgd5-seed0": 15,
         "sgd7-seed0": 21,
     }
-    rows = {row["label"]: row for row in scores(whole.workdir)}
+    rows = {row["label"]: row for row in rows_of(whole.workdir)}
     assert rows["SWA, 3 more epochs"]["loss"] != rows["SGD, 4 epochs"]["loss"]
 
 
 def test_children_start_from_the_converged_weights(whole, monkeypatch):
     starts = {}
 
-    def recording(config, compiled, seed, split, hooks, *, start, resume):
+    def recording(compiled, seed, hooks, *, start, resume):
         starts[compiled.arm.name] = start
         raise FloatingPointError("far enough")
 
@@ -117,38 +110,37 @@ def test_finished_job_shows_its_results_again(whole, monkeypatch):
     def no_data(*args):
         raise AssertionError("a finished job needs no data")
 
-    monkeypatch.setattr(compare.data, "load_splits", no_data)
+    monkeypatch.setattr(compare, "load_splits", no_data)
     before = (whole.workdir / "results.json").read_bytes()
     console = quiet()
     train_and_evaluate(whole, console)
     shown = console.file.getvalue()
-    assert "holds a finished job" in shown
-    assert "SWA, 3 more epochs" in shown
+    assert "holds a finished job. To start anew, delete it" in shown
     assert (whole.workdir / "results.json").read_bytes() == before
 
 
 def test_changed_settings_are_an_error_and_lose_nothing(whole):
     before = final_arrays(whole.workdir)
     with pytest.raises(StorageError, match=r"swa_lr was 0\.05, now 0\.1"):
-        train_and_evaluate(dataclasses.replace(whole, swa_lr=0.1), quiet())
+        train_and_evaluate(override(whole, swa_lr=0.1), quiet())
     assert final_arrays(whole.workdir) == before
 
 
 def test_seeds_are_added_to_finished_ones(tiny, monkeypatch):
-    one = dataclasses.replace(tiny, seeds=1)
+    one = override(tiny, seeds=1)
     train_and_evaluate(one, quiet())
-    before = scores(one.workdir)
+    before = rows_of(one.workdir)
     trained = []
     real = runs.train
 
-    def recording(config, compiled, seed, *args, **kwargs):
+    def recording(compiled, seed, *args, **kwargs):
         trained.append((compiled.arm.name, seed))
-        return real(config, compiled, seed, *args, **kwargs)
+        return real(compiled, seed, *args, **kwargs)
 
     monkeypatch.setattr(runs, "train", recording)
     train_and_evaluate(tiny, quiet())
     assert trained == [("sgd", 1), ("swa1", 1), ("swa3", 1)]
-    for old, new in zip(before, scores(one.workdir), strict=True):
+    for old, new in zip(before, rows_of(one.workdir), strict=True):
         assert new["loss"][:1] == old["loss"]
         assert len(new["loss"]) == 2
 
@@ -160,7 +152,7 @@ class StopAfter(Stopper):
         super().__init__()
         self._left = steps
 
-    def requested(self):
+    def poll(self):
         self._left -= 1
         return self._left == 0
 
@@ -205,7 +197,7 @@ def assert_resumed(events, expected, why=""):
 
 
 def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
-    config = dataclasses.replace(whole, workdir=tmp_path / "run")
+    config = override(whole, workdir=tmp_path / "run")
     before, expected = 0, {}
     # Mid-epoch in the first epoch; at an epoch's end; at a checkpoint, in the
     # averaging; mid-epoch; at the last step of a run; in the control.
@@ -235,7 +227,7 @@ def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
 
 def assert_same_job(workdir, expected, why=""):
     assert final_arrays(workdir) == final_arrays(expected), why
-    assert scores(workdir) == scores(expected), why
+    assert rows_of(workdir) == rows_of(expected), why
     assert logged(workdir) == logged(expected), why
 
 
@@ -243,21 +235,22 @@ def assert_same_job(workdir, expected, why=""):
 PROGRAM = """
 import pickle, signal, sys, time
 import experiments.__main__ as main
-from experiments import data, preemption
+import experiments.jobs.main as jobs
+from experiments.runtime.signals import Stopper
 
 config, splits, seconds = pickle.load(open(sys.argv[1], "rb"))
 if splits is not None:
-    data.load_splits = lambda config, names: splits
-requested = preemption.Stopper.requested
+    jobs.load_splits = lambda *args: splits
+poll = Stopper.poll
 
 def slowly(stopper):
     time.sleep(seconds)
-    return requested(stopper)
+    return poll(stopper)
 
-preemption.Stopper.requested = slowly
-main.tyro.extras.overridable_config_cli = lambda *args, **kwargs: config
+Stopper.poll = slowly
+main._parse = lambda *args: config
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main.main([]))
+sys.exit(main.main(["digits"]))
 """
 
 
@@ -284,7 +277,7 @@ def wait_for(process, reached):
 def small_job(tiny_model):
     """MixUp and shifts, BatchNorm, SGD; averages epochs 2 to 6."""
     return (
-        dataclasses.replace(tiny_model, mixup_alpha=0.3, max_shift=1),
+        override(tiny_model, mixup_alpha=0.3, max_shift=1),
         None,
     )
 
@@ -293,12 +286,13 @@ def text_job(tiny_model):
     """A Transformer with dropout, trained by AdamW."""
     tokens = np.random.default_rng(0).integers(0, 256, (20, 9), dtype=np.uint8)
     rows = Examples(tokens[:, :-1], tokens[:, 1:].astype(np.int32))
-    split = MemorySplit(rows, num_classes=256)
-    config = dataclasses.replace(
-        configs.EXPERIMENTS["shakespeare"][1],
-        protocol="side_by_side",
-        control_lr=None,
-        tune_control_lrs=tiny_model.tune_control_lrs,
+    split = MemorySplit(rows)
+    config = EXPERIMENTS["shakespeare"].config
+    protocol = dataclasses.asdict(config.protocol)
+    del protocol["control_lr"]
+    config = dataclasses.replace(config, protocol=SideBySide(**protocol))
+    config = override(
+        config,
         context=8,
         layers=1,
         heads=2,
@@ -308,7 +302,7 @@ def text_job(tiny_model):
         eval_batch_size=16,
         width_plot=False,
     )
-    assert config.optimizer == "adamw"
+    assert config.optimizer.optimizer == "adamw"
     return config, {"train": split, "test": split}
 
 
@@ -316,7 +310,7 @@ def text_job(tiny_model):
 def side_by_side(request, tiny_model, tmp_path_factory):
     """An uninterrupted job of two arms of 18 steps, and the splits it trained on."""
     config, splits = request.param(tiny_model)
-    config = dataclasses.replace(
+    config = override(
         config,
         seeds=1,
         epochs=6,
@@ -327,7 +321,7 @@ def side_by_side(request, tiny_model, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         if splits is not None:
-            patch.setattr(compare.data, "load_splits", lambda *_: splits)
+            patch.setattr(compare, "load_splits", lambda *_: splits)
         train_and_evaluate(config, quiet())
     return config, splits
 
@@ -355,7 +349,7 @@ def kill_and_finish(whole, config, splits, moments, why):
         for run, step in expected.items():
             # The newest but one was complete before the newest was begun.
             done = last[run.removesuffix("-seed0")]
-            assert step >= done - 2 * config.checkpoint_every, why
+            assert step >= done - 2 * config.saving.checkpoint_every, why
     with start(config, splits) as process:
         _, problems = process.communicate(timeout=240)
     assert process.returncode == 0, (problems, why)
@@ -364,29 +358,24 @@ def kill_and_finish(whole, config, splits, moments, why):
     return resumed
 
 
-def seeded():
-    seed = time.time_ns() % 2**32
-    return seed, random.Random(seed)
-
-
 def test_killed_job_resumes_bit_for_bit(whole, tmp_path):
     """SIGKILL at random moments of a job whose arms start from one another."""
-    seed, rng = seeded()
+    rng = random.Random(0)
     steps = steps_of(lines(whole.workdir))
     chosen = sorted(rng.sample(range(len(steps) - 2), 2))
     moments = [(steps[i], rng.uniform(0, 0.1)) for i in chosen]
-    config = dataclasses.replace(whole, workdir=tmp_path / "run")
-    kill_and_finish(whole, config, None, moments, f"seed {seed}: {moments}")
+    config = override(whole, workdir=tmp_path / "run")
+    kill_and_finish(whole, config, None, moments, f"{moments}")
 
 
 def test_killed_average_resumes_bit_for_bit(side_by_side, tmp_path):
     """Once averaging has begun, at step 6, with randomness in every step."""
     whole, splits = side_by_side
-    seed, rng = seeded()
+    rng = random.Random(0)
     # From step 9 on, the checkpoint after step 6 is complete.
     moments = [(("swa5", rng.randrange(9, 15)), rng.uniform(0, 0.1))]
-    config = dataclasses.replace(whole, workdir=tmp_path / "run")
-    why = f"seed {seed}: {moments}"
+    config = override(whole, workdir=tmp_path / "run")
+    why = f"{moments}"
     resumed = kill_and_finish(whole, config, splits, moments, why)
     assert resumed == {"swa5-seed0"}, why
 
@@ -395,9 +384,7 @@ def test_killed_average_resumes_bit_for_bit(side_by_side, tmp_path):
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_signal_saves_first(whole, tmp_path, monkeypatch, signum, status):
-    config = dataclasses.replace(
-        whole, workdir=tmp_path / "run", checkpoint_every=10**6
-    )
+    config = override(whole, workdir=tmp_path / "run", checkpoint_every=10**6)
     with start(config) as process:
         wait_for(process, lambda: steps_of(lines(config.workdir)))
         process.send_signal(signum)
@@ -417,7 +404,7 @@ def test_signal_saves_first(whole, tmp_path, monkeypatch, signum, status):
 
 
 def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
-    config = dataclasses.replace(whole, workdir=tmp_path / "run", log_every=1)
+    config = override(whole, workdir=tmp_path / "run", log_every=1)
     with start(config, seconds=600) as process:
         # By then the handler is there: a signal before it would end all at once.
         wait_for(process, (config.workdir / "runs").exists)
@@ -432,7 +419,7 @@ def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
 
 
 def test_damaged_scores_are_an_error_with_a_cure(whole, tmp_path):
-    config = dataclasses.replace(whole, workdir=tmp_path / "run")
+    config = override(whole, workdir=tmp_path / "run")
     shutil.copytree(whole.workdir, config.workdir)
     path = config.workdir / "runs/swa-seed0/finished.json"
     good = path.read_text()
@@ -443,7 +430,10 @@ def test_damaged_scores_are_an_error_with_a_cure(whole, tmp_path):
             train_and_evaluate(config, quiet())
     path.unlink()
     train_and_evaluate(config, quiet())
-    assert path.read_text() == good
+    found, before = json.loads(path.read_text()), json.loads(good)
+    # Those before the last checkpoint, and those of the restart.
+    assert found["seconds"] > before.pop("seconds") / 2
+    assert {name: found[name] for name in before} == before
 
 
 def spoilt_loss(state, metrics):
@@ -468,10 +458,10 @@ def spoilt_weights(state, metrics):
 def test_divergence_names_the_last_good_checkpoint(
     tiny, monkeypatch, arm, step, spoil, message, last_good
 ):
-    config = dataclasses.replace(tiny, seeds=1, checkpoint_every=2, swa_epochs=(3,))
+    config = override(tiny, seeds=1, checkpoint_every=2, swa_epochs=(3,))
     real = runs.train
 
-    def diverging(config, compiled, seed, split, hooks, **kwargs):
+    def diverging(compiled, seed, hooks, **kwargs):
         honest = compiled.step
         numbers = itertools.count(1)
 
@@ -481,7 +471,7 @@ def test_divergence_names_the_last_good_checkpoint(
 
         if compiled.arm.name == arm:
             compiled = dataclasses.replace(compiled, step=spoiling)
-        return real(config, compiled, seed, split, hooks, **kwargs)
+        return real(compiled, seed, hooks, **kwargs)
 
     monkeypatch.setattr(runs, "train", diverging)
     checkpoints = config.workdir / f"runs/{arm}-seed0/checkpoints"
@@ -496,5 +486,5 @@ def test_divergence_names_the_last_good_checkpoint(
 
 
 def test_paths(tiny):
-    found = runs.run_directory(tiny, "swa", 3)
+    found = tiny.directory.run("swa", 3).directory
     assert found == pathlib.Path(tiny.workdir) / "runs" / "swa-seed3"

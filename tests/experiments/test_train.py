@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 
 import swa_jax
-from experiments import data, plans
-from experiments.networks import make_model
-from experiments.train import (
-    Hooks,
-    Metrics,
-    _finite,
-    compile_arm,
-    make_optimizer,
-    make_train_step,
-    train,
-)
-
-
-def make_arm(config, split, window):
-    """Compile the arm that averages the last `window` epochs; 0: the plain one."""
-    name = f"swa{window}" if window else "sgd"
-    (arm,) = (arm for arm in plans.make_arms(config) if arm.name == name)
-    return compile_arm(config, arm, split)
+from experiments.config.schema import override
+from experiments.data.batches import Batch
+from experiments.training.loop import Hooks, _finite, train
+from experiments.training.optimizer import make_optimizer
+from experiments.training.step import Metrics, make_train_step
+from tests.helpers import compile_arm, train_batches
 
 
 class Recorder(Hooks):
@@ -40,15 +28,15 @@ class Recorder(Hooks):
     def on_report(self, report):
         self.reports.append(report)
 
-    def on_epoch_end(self, epoch, state):
+    def on_epoch_end(self, epoch, step, state):
         self.ends.append((epoch, jax.device_get(state)))
 
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_average_is_the_mean_of_epoch_ends(tiny, split, window):
     recorder = Recorder()
-    arm = make_arm(tiny, split, window)
-    state = train(tiny, arm, 0, split, recorder)
+    arm = compile_arm(tiny, split, window)
+    state = train(arm, 0, recorder)
     assert [epoch for epoch, _ in recorder.ends] == [1, 2, 3, 4]
     iterates = [
         {"params": end.params, "batch_stats": end.batch_stats}
@@ -69,10 +57,10 @@ def test_average_is_the_mean_of_epoch_ends(tiny, split, window):
 
 def test_two_steps_match_the_formula_of_sgd(tiny, split):
     """v <- m v + (g + wd p), p <- p - lr v, with decay for kernels only."""
-    config = dataclasses.replace(tiny, weight_decay=0.1)
-    model = make_model(config, split)
+    config = override(tiny, weight_decay=0.1)
+    model = config.network
     batches = [
-        data.Batch(
+        Batch(
             inputs=split.examples.inputs[i : i + 8],
             labels=split.examples.labels[i : i + 8],
         )
@@ -90,7 +78,7 @@ def test_two_steps_match_the_formula_of_sgd(tiny, split):
         return -jnp.mean(logs)
 
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
-    arm = make_arm(config, split, 0)
+    arm = compile_arm(config, split, 0)
     state = arm.init(jax.random.key(1))
     params = jax.device_get(state.params)
     velocity = jax.tree.map(np.zeros_like, params)
@@ -112,12 +100,10 @@ def test_two_steps_match_the_formula_of_sgd(tiny, split):
 
 
 def test_metrics_are_those_of_the_weights_before_the_update(tiny, split):
-    arm = make_arm(tiny, split, 0)
+    arm = compile_arm(tiny, split, 0)
     state = arm.init(jax.random.key(1))
-    model = make_model(tiny, split)
-    batch = data.Batch(
-        inputs=split.examples.inputs[:8], labels=split.examples.labels[:8]
-    )
+    model = tiny.network
+    batch = Batch(inputs=split.examples.inputs[:8], labels=split.examples.labels[:8])
     logits, updated = model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
         batch["inputs"],
@@ -134,26 +120,26 @@ def test_metrics_are_those_of_the_weights_before_the_update(tiny, split):
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_step_is_compiled_once_and_donates(tiny, split, window):
-    arm = make_arm(tiny, split, window)
+    arm = compile_arm(tiny, split, window)
     chex.clear_trace_counter()
     like = jax.eval_shape(arm.init, jax.random.key(0)).batch_stats
-    optimizer = make_optimizer(tiny, arm.arm, 3, like)
-    step = make_train_step(make_model(tiny, split), optimizer)
+    optimizer = make_optimizer(tiny.optimizer, arm.arm, 3, like)
+    step = make_train_step(tiny.network, optimizer)
     once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
-    train(tiny, dataclasses.replace(arm, step=once), 0, split)
+    train(dataclasses.replace(arm, step=once), 0)
     assert once._cache_size() == 1
 
-    train(tiny, arm, 0, split)
-    train(tiny, arm, 1, split)
+    train(arm, 0)
+    train(arm, 1)
     assert arm.step._cache_size() == 1
     state = arm.init(jax.random.key(0))
-    (batch,) = data.train_batches(split, tiny, 0, last_step=1)
+    (batch,) = train_batches(split, tiny, 0, last_step=1)
     arm.step(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_metrics_are_fetched_one_step_late(tiny, split):
-    arm = make_arm(tiny, split, 0)
+    arm = compile_arm(tiny, split, 0)
     events = []
     numbers = itertools.count(1)
 
@@ -163,7 +149,7 @@ def test_metrics_are_fetched_one_step_late(tiny, split):
 
     hooks = Hooks()
     hooks.on_step = lambda step, loss, rate: events.append(("seen", step))
-    train(tiny, dataclasses.replace(arm, step=step), 0, split, hooks)
+    train(dataclasses.replace(arm, step=step), 0, hooks)
     expected = [("dispatched", 1)]
     for number in range(2, 13):
         expected.append(("dispatched", number))
@@ -176,8 +162,8 @@ def test_metrics_are_fetched_one_step_late(tiny, split):
 
 def test_reports_are_means_of_the_steps(tiny, split):
     recorder = Recorder()
-    arm = make_arm(tiny, split, 1)
-    train(tiny, arm, 0, split, recorder)
+    arm = compile_arm(tiny, split, 1)
+    train(arm, 0, recorder)
     steps, losses, rates = (
         np.array(column) for column in zip(*recorder.steps, strict=True)
     )
@@ -185,7 +171,7 @@ def test_reports_are_means_of_the_steps(tiny, split):
     np.testing.assert_allclose(rates, arm.learning_rates, rtol=1e-6)
     assert [report.epoch for report in recorder.reports] == [1, 2, 3, 4]
     np.testing.assert_allclose(
-        [report.loss for report in recorder.reports],
+        [report.batch_loss for report in recorder.reports],
         losses.reshape(4, 3).mean(axis=1),
         rtol=1e-6,
     )
@@ -196,15 +182,15 @@ def test_reports_are_means_of_the_steps(tiny, split):
 
 def test_training_learns(tiny, split):
     """Twenty random labels: chance is a loss of log 10; memory goes far below."""
-    config = dataclasses.replace(tiny, epochs=200)
+    config = override(tiny, epochs=200)
     recorder = Recorder()
-    train(config, make_arm(config, split, 0), 0, split, recorder)
-    assert recorder.reports[0].loss > 1.5
-    assert recorder.reports[-1].loss < 1.0
+    train(compile_arm(config, split, 0), 0, recorder)
+    assert recorder.reports[0].batch_loss > 1.5
+    assert recorder.reports[-1].batch_loss < 1.0
 
 
 def test_seed_decides_everything(tiny, split):
-    arm, other_arm = make_arm(tiny, split, 0), make_arm(tiny, split, 3)
+    arm, other_arm = compile_arm(tiny, split, 0), compile_arm(tiny, split, 3)
     start, same, different = (
         a.init(jax.random.key(seed)).params
         for a, seed in ((arm, 0), (other_arm, 0), (arm, 1))
@@ -212,14 +198,14 @@ def test_seed_decides_everything(tiny, split):
     chex.assert_trees_all_equal(start, same)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(start, different)
-    first, again, other = (train(tiny, arm, seed, split).params for seed in (0, 0, 1))
+    first, again, other = (train(arm, seed).params for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(first, other, rtol=1e-3)
 
 
 def test_nonfinite_loss_names_the_step(tiny, split):
-    arm = make_arm(tiny, split, 0)
+    arm = compile_arm(tiny, split, 0)
     numbers = itertools.count(1)
 
     def step(state, batch):
@@ -231,7 +217,7 @@ def test_nonfinite_loss_names_the_step(tiny, split):
         FloatingPointError,
         match=r"loss is nan at step 5 \(epoch 2 of 4, arm sgd, .*--learning-rate",
     ):
-        train(tiny, dataclasses.replace(arm, step=step), 0, split, recorder)
+        train(dataclasses.replace(arm, step=step), 0, recorder)
     assert [step for step, *_ in recorder.steps] == [1, 2, 3, 4]
 
 
@@ -273,33 +259,31 @@ def spoiling(arm, spoilt, at):
 @pytest.mark.parametrize("what", PARTS)
 def test_state_is_checked_before_an_epoch_ends(tiny, split, what):
     """The loss of the epoch's last step does not show what its update did."""
-    arm = spoiling(make_arm(tiny, split, 3), PARTS[what], at=6)
+    arm = spoiling(compile_arm(tiny, split, 3), PARTS[what], at=6)
     recorder = Recorder()
     message = (
         rf"{what} is not finite at step 6 \(epoch 2 of 4, arm swa3, learning rate "
     )
     with pytest.raises(FloatingPointError, match=message):
-        train(tiny, arm, 0, split, recorder)
+        train(arm, 0, recorder)
     assert [epoch for epoch, _ in recorder.ends] == [1]
 
 
 @pytest.mark.parametrize("what", PARTS)
 def test_state_is_checked_before_it_is_saved(tiny, split, what):
     class Saving(Hooks):
-        def saves_after(self, step):
-            return step == 1
-
-        def on_snapshot(self, snapshot):
+        def after_step(self, step, snapshot):
+            snapshot()
             raise AssertionError("saved")
 
-    arm = spoiling(make_arm(tiny, split, 3), PARTS[what], at=1)
+    arm = spoiling(compile_arm(tiny, split, 3), PARTS[what], at=1)
     with pytest.raises(FloatingPointError, match=f"{what} is not finite at step 1 "):
-        train(tiny, arm, 0, split, Saving())
+        train(arm, 0, Saving())
 
 
 def test_average_means_nothing_before_its_first_sample(tiny, split):
-    arm = make_arm(tiny, split, 3)
-    train(tiny, spoiling(arm, lambda s: with_average(s, num_averaged=0), 6), 0, split)
+    arm = compile_arm(tiny, split, 3)
+    train(spoiling(arm, lambda s: with_average(s, num_averaged=0), 6), 0)
 
 
 def test_only_floating_leaves_can_be_infinite():
@@ -316,18 +300,15 @@ def test_snapshots_keep_the_metrics_of_their_moment(tiny, split):
     snapshots = []
 
     class Saving(Hooks):
-        def saves_after(self, step):
-            return True
+        def after_step(self, step, snapshot):
+            snapshots.append(snapshot())
 
-        def on_snapshot(self, snapshot):
-            snapshots.append(snapshot)
-
-    train(tiny, make_arm(tiny, split, 0), 0, split, Saving())
+    train(compile_arm(tiny, split, 0), 0, Saving())
     found = [(s.step, len(s.metrics)) for s in snapshots]
     assert found == [(step, step % 3) for step in range(1, 13)]
 
 
 def test_divergence_is_noticed(tiny, split):
-    config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
+    config = override(tiny, learning_rate=1e30, swa_lr=1e30)
     with pytest.raises(FloatingPointError, match=r"at step \d+ .* arm swa3"):
-        train(config, make_arm(config, split, 3), 0, split)
+        train(compile_arm(config, split, 3), 0)

@@ -1,22 +1,19 @@
 import dataclasses
-import io
 import json
 import math
 import pathlib
 
 import pytest
-import rich.console
 
 import swa_jax
-from experiments import configs, data, plans, tune
-from experiments.checkpoints import open_workdir
-from experiments.errors import StorageError
-from experiments.results import config_dict
-from experiments.train import train
-
-
-def quiet():
-    return rich.console.Console(file=io.StringIO(), width=120)
+from experiments.config.named import EXPERIMENTS
+from experiments.config.schema import FREE, Tuning, override, settings_of
+from experiments.data.splits import load_splits
+from experiments.jobs import tune
+from experiments.jobs.main import Trainer
+from experiments.runtime.errors import StorageError
+from experiments.training.loop import train
+from tests.helpers import quiet
 
 
 @pytest.mark.parametrize(
@@ -42,22 +39,27 @@ def test_grid_grows_until_its_best_is_inside(peak, evaluated):
     assert told == ([best] if peak == 1e9 else [])
 
 
+def _rates(config):
+    return config.optimizer.learning_rate, config.optimizer.weight_decay
+
+
 @pytest.fixture
 def splits_read(monkeypatch):
     """The names of all splits that were loaded."""
-    names, load_splits = [], data.load_splits
+    names = []
 
-    def recording(config, wanted):
+    def recording(dataset, wanted, *, hold_out):
+        assert hold_out
         names.extend(wanted)
-        return load_splits(config, wanted)
+        return load_splits(dataset, wanted, hold_out=hold_out)
 
-    monkeypatch.setattr(data, "load_splits", recording)
+    monkeypatch.setattr(tune, "load_splits", recording)
     return names
 
 
-def test_tuning_never_reads_the_test_split(tiny, splits_read, monkeypatch):
+def test_tuning_never_reads_the_test_split(tiny, tiny_tuning, splits_read, monkeypatch):
     monkeypatch.setattr(tune, "MAX_EXTENSIONS", 0)
-    chosen = tune.tune(tiny, quiet())
+    chosen = tune.tune(tiny, tiny_tuning, quiet())
     assert splits_read == ["train", "validation"]
     assert chosen == {"learning_rate": 0.1, "weight_decay": 5e-4, "swa_lr": 0.1}
     written = json.loads((tiny.workdir / "tuning.json").read_text())
@@ -71,28 +73,29 @@ def test_tuning_never_reads_the_test_split(tiny, splits_read, monkeypatch):
 
 def test_choice_is_the_best_of_the_validation_scores(tiny, monkeypatch):
     """With made-up scores, whose best settings are known."""
-    config = dataclasses.replace(
-        tiny,
+    tuning = Tuning(
         tune_learning_rates=(0.1, 0.2, 0.4),
         tune_weight_decays=(1e-4, 4e-4, 16e-4),
         tune_swa_lrs=(0.01, 0.02, 0.04),
     )
 
-    def made_up(config, splits, name, parents):
+    def made_up(tuner, trainer, arm, parent):
+        rate, decay = _rates(trainer.config)
+        swa_lr, name = trainer.config.protocol.swa_lr, arm.name
         if name != "sgd":
             # The windows disagree: 0.04 and 0.01 alone, 0.02 on average.
             best = {"swa1": {0.02: 0.8, 0.04: 0.9}, "swa3": {0.01: 0.9, 0.02: 0.8}}
-            accuracy = best[name].get(config.swa_lr, 0.1)
-            assert (config.learning_rate, config.weight_decay) == (0.2, 4e-4)
+            accuracy = best[name].get(swa_lr, 0.1)
+            assert (rate, decay) == (0.2, 4e-4)
         else:
-            good = (config.learning_rate == 0.2) + (config.weight_decay == 4e-4)
+            good = (rate == 0.2) + (decay == 4e-4)
             accuracy = 0.3 * good
-        rates = config.learning_rate, config.weight_decay, config.swa_lr, None
+        rates = rate, decay, swa_lr, None
         return [tune.Trial(name, name, *rates, (accuracy, accuracy), (1.0, 1.0))]
 
-    monkeypatch.setattr(tune, "_run_trials", made_up)
+    monkeypatch.setattr(tune._Tuner, "_train", made_up)
     console = quiet()
-    chosen = tune.tune(config, console)
+    chosen = tune.tune(tiny, tuning, console)
     assert chosen == {"learning_rate": 0.2, "weight_decay": 4e-4, "swa_lr": 0.02}
     assert "60.00 ± 0.00" in console.file.getvalue()
 
@@ -100,8 +103,7 @@ def test_choice_is_the_best_of_the_validation_scores(tiny, monkeypatch):
 @pytest.fixture
 def search(tiny, monkeypatch):
     """A search with made-up scores, at the edge of one grid; and what it ran."""
-    config = dataclasses.replace(
-        tiny,
+    tuning = Tuning(
         tune_seeds=2,
         tune_learning_rates=(0.1, 0.2),
         tune_weight_decays=(1e-4,),
@@ -109,21 +111,21 @@ def search(tiny, monkeypatch):
     )
     ran = []
 
-    def made_up(config, splits, name, parents):
-        arms = {arm.name: arm for arm in plans.make_arms(config)}
-        ran.append(tune._setting(config, arms[name]))
+    def made_up(tuner, trainer, arm, parent):
+        ran.append(tune._setting(trainer.config, arm))
+        rate, decay = _rates(trainer.config)
         # The larger the decay the better, and rates near 0.2 and 0.02.
-        score = config.weight_decay - abs(math.log(config.learning_rate / 0.2))
-        score -= abs(math.log(config.swa_lr / 0.02))
+        score = decay - abs(math.log(rate / 0.2))
+        score -= abs(math.log(trainer.config.protocol.swa_lr / 0.02))
         # A seed that diverged is kept as well.
         losses = math.inf, math.sqrt(len(ran))
         return [
             tune.Trial(label, *ran[-1], (score, 0.5), losses)
-            for label in tune._tuned_labels(arms[name])
+            for label in tune._tuned_labels(arm)
         ]
 
-    monkeypatch.setattr(tune, "_run_trials", made_up)
-    return config, ran
+    monkeypatch.setattr(tune._Tuner, "_train", made_up)
+    return tiny, tuning, ran
 
 
 def read_tuning(config):
@@ -132,14 +134,14 @@ def read_tuning(config):
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 12])
 def test_a_tuning_that_was_killed_goes_on_where_it_stopped(search, tmp_path, stop):
-    config, ran = search
-    whole = dataclasses.replace(config, workdir=tmp_path / "whole")
-    chosen = tune.tune(whole, quiet())
+    config, tuning, ran = search
+    whole = override(config, workdir=tmp_path / "whole")
+    chosen = tune.tune(whole, tuning, quiet())
     expected, settings = read_tuning(whole), list(ran)
     assert len(settings) > 12
     ran.clear()
 
-    made_up = tune._run_trials
+    made_up = tune._Tuner._train
     with pytest.MonkeyPatch.context() as patch:
 
         def killed(*args):
@@ -147,17 +149,17 @@ def test_a_tuning_that_was_killed_goes_on_where_it_stopped(search, tmp_path, sto
                 raise KeyboardInterrupt
             return made_up(*args)
 
-        patch.setattr(tune, "_run_trials", killed)
+        patch.setattr(tune._Tuner, "_train", killed)
         with pytest.raises(KeyboardInterrupt):
-            tune.tune(config, quiet())
+            tune.tune(config, tuning, quiet())
     written = read_tuning(config)
     assert written["chosen"] is None
     assert written["trials"] == expected["trials"][:stop]
 
     console = quiet()
     # What only says where things are may change, and the grids.
-    again = dataclasses.replace(config, log_every=7, tune_control_lrs=(0.001, 0.01))
-    assert tune.tune(again, console) == chosen
+    again = override(config, log_every=7, keep_checkpoints=3)
+    assert tune.tune(again, tuning, console) == chosen
     assert ran == settings  # each of them once
     finished = read_tuning(config)
     assert (finished["trials"], finished["chosen"]) == (
@@ -167,17 +169,18 @@ def test_a_tuning_that_was_killed_goes_on_where_it_stopped(search, tmp_path, sto
     assert finished.keys() == expected.keys()
     assert console.file.getvalue().count("known from tuning.json") == stop
 
-    tune.tune(config, quiet())  # finished: nothing is left to do
+    tune.tune(config, tuning, quiet())  # finished: nothing is left to do
     assert ran == settings
 
 
 def test_trials_of_another_grid_are_kept(search):
-    config, ran = search
-    tune.tune(config, quiet())
+    config, tuning, ran = search
+    tune.tune(config, tuning, quiet())
     before = read_tuning(config)["trials"]
     ran.clear()
-    other = dataclasses.replace(config, tune_swa_lrs=(0.3,), swa_lr=0.7)
-    tune.tune(other, quiet())
+    other = override(config, swa_lr=0.7)
+    other_tuning = dataclasses.replace(tuning, tune_swa_lrs=(0.3,))
+    tune.tune(other, other_tuning, quiet())
     assert ran
     assert {setting[0] for setting in ran} == {"swa1", "swa3"}  # plain ones are known
     after = read_tuning(config)["trials"]
@@ -186,42 +189,43 @@ def test_trials_of_another_grid_are_kept(search):
 
 
 def test_tuning_of_other_settings_is_not_overwritten(search):
-    config, ran = search
-    tune.tune(config, quiet())
+    config, tuning, ran = search
+    tune.tune(config, tuning, quiet())
     before = (config.workdir / "tuning.json").read_bytes()
     ran.clear()
-    other = dataclasses.replace(config, epochs=5, tune_seeds=3)
+    other = override(config, epochs=5)
+    other_tuning = dataclasses.replace(tuning, tune_seeds=3)
     with pytest.raises(
         StorageError, match=r"other settings: epochs was 4, now 5; tune_seeds was 2, n"
     ):
-        tune.tune(other, quiet())
+        tune.tune(other, other_tuning, quiet())
     assert not ran
     assert (config.workdir / "tuning.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"config": {}}', '{"trials": [3]}'])
 def test_damaged_tuning_is_an_error(search, content):
-    config, ran = search
+    config, tuning, ran = search
     config.workdir.mkdir()
     (config.workdir / "tuning.json").write_text(content)
     with pytest.raises(StorageError, match=r"tuning\.json is damaged .* Move it away"):
-        tune.tune(config, quiet())
+        tune.tune(config, tuning, quiet())
     assert not ran
 
 
 def test_where_nothing_can_be_written_no_trial_begins(search, splits_read):
-    config, ran = search
-    unwritable = dataclasses.replace(config, workdir=pathlib.Path("/dev/null/run"))
+    config, tuning, ran = search
+    unwritable = override(config, workdir=pathlib.Path("/dev/null/run"))
     with pytest.raises(StorageError, match="workdir is /dev/null/run, which cannot"):
-        tune.tune(unwritable, quiet())
+        tune.tune(unwritable, tuning, quiet())
     assert not ran
     assert not splits_read
 
 
 def test_grid_that_ends_at_its_edge_is_told(search):
-    config, _ = search
+    config, tuning, _ = search
     console = quiet()
-    tune.tune(config, console)
+    tune.tune(config, tuning, console)
     shown = " ".join(console.file.getvalue().split())
     # 1e-4 grew four times, by 4 each.
     assert "weight_decay: 0.0256, the best, is still at the edge" in shown
@@ -233,43 +237,59 @@ def trial(accuracy, loss):
     return tune.Trial("SGD", "sgd", 0.1, 0.0, None, None, (accuracy,), (loss,))
 
 
-def test_equal_accuracies_are_told_apart_by_loss(tiny):
-    worse, better = (tune.merit(tiny, [trial(0.9, loss)]) for loss in (0.5, 0.4))
+def test_equal_accuracies_are_told_apart_by_loss():
+    worse, better = (tune.merit("accuracy", [trial(0.9, loss)]) for loss in (0.5, 0.4))
     assert better > worse
 
 
 def test_text_is_judged_by_loss():
-    _, config = configs.EXPERIMENTS["shakespeare"]
+    scored_by = EXPERIMENTS["shakespeare"].config.data.scored_by
     worse, better = trial(0.9, 1.5), trial(0.8, 1.4)
-    assert tune.merit(config, [better]) > tune.merit(config, [worse])
+    assert tune.merit(scored_by, [better]) > tune.merit(scored_by, [worse])
 
 
-def test_fine_tuning_tunes_the_control_too(tiny_fine_tune, monkeypatch):
+def test_fine_tuning_tunes_the_control_too(
+    tiny_fine_tune, fine_tune_tuning, monkeypatch
+):
     monkeypatch.setattr(tune, "MAX_EXTENSIONS", 0)
     trained = []
 
-    def recording(config, compiled, *args, **kwargs):
+    def recording(compiled, *args, **kwargs):
         trained.append(compiled.arm.name)
-        return train(config, compiled, *args, **kwargs)
+        return train(compiled, *args, **kwargs)
 
     monkeypatch.setattr(tune, "train", recording)
-    chosen = tune.tune(tiny_fine_tune, quiet())
+    chosen = tune.tune(tiny_fine_tune, fine_tune_tuning, quiet())
     assert chosen["control_lr"] == 0.01
     # The whole budget tunes the plain arm; the baseline is trained once for both.
     assert trained == ["sgd7", "converged", "swa", "control"]
 
 
-def test_diverged_trial_is_never_the_best(tiny):
-    splits = data.load_splits(tiny, ("train", "validation"))
-    config = dataclasses.replace(tiny, learning_rate=1e30, swa_lr=1e30)
-    (found,) = tune._run_trials(config, splits, "sgd", {})
+def tuner(config, tuning):
+    """A tuner, and the trainer that it would make of the configuration."""
+    splits = load_splits(config.data, ("train", "validation"))
+    record = tune.Record(config.directory, settings_of(config))
+    made = Trainer(config, splits)
+    return tune._Tuner(made, tuning, quiet(), record), made
+
+
+def train_arm(config, tuning, name):
+    """The trials of one arm."""
+    found, made = tuner(config, tuning)
+    arm = config.plan[name]
+    return found._train(made, arm, config.plan.parent(arm))
+
+
+def test_diverged_trial_is_never_the_best(tiny, tiny_tuning):
+    config = override(tiny, learning_rate=1e30, swa_lr=1e30)
+    (found,) = train_arm(config, tiny_tuning, "sgd")
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
 
 
 @pytest.mark.parametrize("text", ["not finite", "by class, not by text"])
-def test_average_that_the_batch_norm_pass_rejects_has_diverged(tiny, monkeypatch, text):
-    splits = data.load_splits(tiny, ("train", "validation"))
-
+def test_average_that_the_batch_norm_pass_rejects_has_diverged(
+    tiny, tiny_tuning, monkeypatch, text
+):
     def rejects(kind):
         def recompute(*args):
             raise kind(text)
@@ -277,51 +297,62 @@ def test_average_that_the_batch_norm_pass_rejects_has_diverged(tiny, monkeypatch
         monkeypatch.setattr(swa_jax, "recompute_batch_stats", recompute)
 
     rejects(swa_jax.NonFiniteError)
-    (found,) = tune._run_trials(tiny, splits, "swa1", {})
+    (found,) = train_arm(tiny, tiny_tuning, "swa1")
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
     rejects(ValueError)  # a mistake of the program
     with pytest.raises(ValueError, match=text):
-        tune._run_trials(tiny, splits, "swa1", {})
+        train_arm(tiny, tiny_tuning, "swa1")
 
 
 def test_tuning_and_training_keep_out_of_each_others_directory(search):
-    config, ran = search
-    settings = config_dict(config)
+    config, tuning, ran = search
+    settings, directory = settings_of(config), config.directory
     with (
-        open_workdir(config.workdir, settings),
+        directory.locked(settings, FREE),
         pytest.raises(StorageError, match="is in use by another job"),
     ):
-        tune.tune(config, quiet())
+        tune.tune(config, tuning, quiet())
     assert not ran
-    made_up = tune._run_trials
+    made_up = tune._Tuner._train
 
     def training_meanwhile(*args):
         with (
             pytest.raises(StorageError, match="is in use by another job"),
-            open_workdir(config.workdir, settings),
+            directory.locked(settings, FREE),
         ):
             pytest.fail("the tuning is at work there")
         return made_up(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "_run_trials", training_meanwhile)
-        tune.tune(config, quiet())
+        patch.setattr(tune._Tuner, "_train", training_meanwhile)
+        tune.tune(config, tuning, quiet())
     assert ran
     # The directory is free again, and not claimed for the settings of the tuning.
-    with open_workdir(config.workdir, {**settings, "learning_rate": 0.7}):
+    with directory.locked({**settings, "learning_rate": 0.7}, FREE):
         pass
 
 
-def test_loss_that_is_no_number_has_diverged(tiny, monkeypatch):
-    splits = data.load_splits(tiny, ("train", "validation"))
-    monkeypatch.setattr(tune, "evaluate", lambda *args: tune.Evaluation(0.9, math.nan))
-    (found,) = tune._run_trials(tiny, splits, "sgd", {})
+def test_loss_that_is_no_number_has_diverged(tiny, tiny_tuning, monkeypatch):
+    nothing = tune.Evaluation(0.9, math.nan)
+    monkeypatch.setattr(tune.Scorer, "score", lambda *args: nothing)
+    (found,) = train_arm(tiny, tiny_tuning, "sgd")
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))
 
 
-def test_parent_that_diverges_takes_its_children_with_it(tiny_fine_tune):
-    splits = data.load_splits(tiny_fine_tune, ("train", "validation"))
-    config = dataclasses.replace(tiny_fine_tune, learning_rate=1e30)
+def test_parent_that_diverges_takes_its_children_with_it(
+    tiny_fine_tune, fine_tune_tuning
+):
+    config = override(tiny_fine_tune, learning_rate=1e30)
     for name, count in (("swa", 2), ("control", 2)):
-        found = tune._run_trials(config, splits, name, {})
+        found = train_arm(config, fine_tune_tuning, name)
         assert [trial.loss for trial in found] == [(math.inf,)] * count
+
+
+def test_what_a_tuning_shows_begins_with_a_header(search):
+    config, tuning, _ = search
+    console = quiet()
+    tune.tune(config, tuning, console)
+    shown = console.file.getvalue().splitlines()
+    assert shown[0] == "digits: trials, scored on the validation split"
+    assert shown[1].startswith("arm  lr  weight decay  swa_lr")
+    assert shown[2].startswith("SGD  0.1  0.0001  ")

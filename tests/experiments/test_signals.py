@@ -4,8 +4,8 @@ import signal
 import jax
 import pytest
 
-from experiments import preemption
-from experiments.preemption import stop_on_signal
+from experiments.runtime import signals
+from experiments.runtime.signals import stop_on_signal
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,9 @@ def interruptible():
 def test_signal_asks_to_stop_and_the_old_handler_comes_back(signum):
     before = signal.getsignal(signum)
     with stop_on_signal() as stopper:
-        assert not stopper.requested()
+        assert not stopper.poll()
         os.kill(os.getpid(), signum)
-        assert stopper.requested()
+        assert stopper.poll()
         assert stopper.signum == signum
     assert signal.getsignal(signum) == before
 
@@ -30,7 +30,7 @@ def test_signal_asks_to_stop_and_the_old_handler_comes_back(signum):
 def test_second_ctrl_c_ends_at_once(capfd):
     with stop_on_signal() as stopper:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stopper.requested()
+        assert stopper.poll()
         assert "Ctrl-C again ends at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -40,7 +40,7 @@ def test_ignored_ctrl_c_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stop_on_signal() as stopper:
         os.kill(os.getpid(), signal.SIGINT)
-        assert not stopper.requested()
+        assert not stopper.poll()
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -53,10 +53,10 @@ def test_several_processes_agree_by_counting_steps_of_the_whole_job(monkeypatch)
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        preemption.multihost_utils, "reached_preemption_sync_point", reached
+        signals.multihost_utils, "reached_preemption_sync_point", reached
     )
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signal() as stopper:
         assert signal.getsignal(signal.SIGTERM) == before  # JAX listens itself
-        assert [stopper.requested() for _ in range(3)] == [False, False, True]
+        assert [stopper.poll() for _ in range(3)] == [False, False, True]
     assert seen == [1, 2, 3]

@@ -1,4 +1,3 @@
-import dataclasses
 import gzip
 import struct
 
@@ -6,7 +5,11 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from experiments import builders, data
+from experiments.config.schema import override
+from experiments.data import fashion_mnist
+from experiments.data.fashion_mnist import FashionMnist
+from experiments.data.splits import load_splits
+from experiments.runtime.errors import DataError
 
 
 def idx_bytes(array):
@@ -23,7 +26,7 @@ def write_fashion_mnist(directory, counts):
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = rng.integers(0, 10, count, dtype=np.uint8)
         arrays[prefix] = images, labels
-        image_path, label_path = builders.idx_files(directory, prefix)
+        image_path, label_path = fashion_mnist.idx_files(directory, prefix)
         image_path.write_bytes(gzip.compress(idx_bytes(images)))
         label_path.write_bytes(gzip.compress(idx_bytes(labels)))
     return arrays
@@ -37,15 +40,15 @@ def as_sorted_rows(images, labels):
 
 @pytest.fixture
 def idx_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "FASHION_MNIST_COUNTS", {"train": 13, "t10k": 4})
+    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": 13, "t10k": 4})
     directory = tmp_path / "idx"
     directory.mkdir()
     return directory
 
 
 def test_digits_splits_hold_every_image_once(tiny):
-    config = dataclasses.replace(tiny, train_examples=None)
-    splits = data.load_splits(config, ("train", "validation", "test"))
+    config = override(tiny, train_examples=None)
+    splits = load_splits(config.data, ("train", "validation", "test"))
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     got = as_sorted_rows(
         np.concatenate([split.examples.inputs for split in splits.values()]),
@@ -57,8 +60,8 @@ def test_digits_splits_hold_every_image_once(tiny):
 
 
 def test_digits_splits_are_stratified(tiny):
-    config = dataclasses.replace(tiny, train_examples=None)
-    splits = data.load_splits(config, ("train", "validation", "test"))
+    config = override(tiny, train_examples=None)
+    splits = load_splits(config.data, ("train", "validation", "test"))
     _, labels = sklearn.datasets.load_digits(return_X_y=True)
     totals = np.bincount(labels)
     shares = {"train": 1 / 2, "validation": 1 / 6, "test": 1 / 3}
@@ -69,12 +72,13 @@ def test_digits_splits_are_stratified(tiny):
         assert np.all(np.abs(counts - share * totals) <= 1.5), name
 
 
-def test_idx_builder_reads_what_was_written(idx_dir, tmp_path):
-    arrays = write_fashion_mnist(idx_dir, builders.FASHION_MNIST_COUNTS)
-    builder = builders.FashionMnistIdx(
-        idx_dir=idx_dir, data_dir=tmp_path / "tfds", file_format="array_record"
-    )
-    builder.download_and_prepare()
+def test_idx_builder_reads_what_was_written(idx_dir, tmp_path, monkeypatch):
+    arrays = write_fashion_mnist(idx_dir, fashion_mnist.COUNTS)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", idx_dir)
+    place = tmp_path / "tfds"
+    dataset = FashionMnist(data_dir=place, batch_size=1, eval_batch_size=1)
+    builder, splits = dataset.prepare()
+    assert splits == {name: name for name in ("train", "validation", "test")}
     every = np.arange(13)
     expected = {
         "train": [a[every % 6 != 5] for a in arrays["train"]],
@@ -121,17 +125,15 @@ def test_idx_builder_reads_what_was_written(idx_dir, tmp_path):
 def test_damaged_idx_file_is_an_error(tmp_path, content, message):
     path = tmp_path / "images.gz"
     path.write_bytes(content)
-    with pytest.raises(data.DataError, match=message) as caught:
-        builders.read_idx(path, 3)
+    with pytest.raises(DataError, match=message) as caught:
+        fashion_mnist.read_idx(path, 3)
     assert str(path) in str(caught.value)
 
 
 def test_wrong_number_of_images_is_an_error(idx_dir):
     write_fashion_mnist(idx_dir, {"train": 12})
-    with pytest.raises(
-        data.DataError, match=r"has shape \(12, 28, 28\).*\(13, 28, 28\)"
-    ):
-        builders.read_fashion_mnist(idx_dir, "train")
+    with pytest.raises(DataError, match=r"has shape \(12, 28, 28\).*\(13, 28, 28\)"):
+        fashion_mnist.read(idx_dir, "train")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_wrong_number_of_images_is_an_error(idx_dir):
 )
 def test_wrong_labels_are_an_error(idx_dir, labels, message):
     write_fashion_mnist(idx_dir, {"train": 13})
-    _, label_path = builders.idx_files(idx_dir, "train")
+    _, label_path = fashion_mnist.idx_files(idx_dir, "train")
     label_path.write_bytes(gzip.compress(idx_bytes(labels)))
-    with pytest.raises(data.DataError, match=message):
-        builders.read_fashion_mnist(idx_dir, "train")
+    with pytest.raises(DataError, match=message):
+        fashion_mnist.read(idx_dir, "train")

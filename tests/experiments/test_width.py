@@ -7,23 +7,28 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import data, landscape, plans, watch
-from experiments.train import compile_arm
+from experiments.config.schema import override
+from experiments.data.splits import load_splits
+from experiments.jobs import width as measuring
+from experiments.jobs.main import Trainer
+from experiments.jobs.width import measure, plane_basis, random_directions
+from experiments.reporting.width import plot_width, read_width
+from tests.helpers import run_job
 
 
 def test_directions_are_uniform_unit_vectors():
-    found = landscape.random_directions(3, 4000, seed=0)
+    found = random_directions(3, 4000, seed=0)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     # Uniform on the sphere: mean 0, and covariance 1/3 of the identity.
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=0.03)
     np.testing.assert_allclose(found.T @ found / 4000, np.eye(3) / 3, atol=0.03)
-    np.testing.assert_array_equal(found, landscape.random_directions(3, 4000, seed=0))
-    assert np.any(found != landscape.random_directions(3, 4000, seed=1))
+    np.testing.assert_array_equal(found, random_directions(3, 4000, seed=0))
+    assert np.any(found != random_directions(3, 4000, seed=1))
 
 
 def test_plane_basis_is_orthonormal_and_goes_through_the_points():
     points = np.random.default_rng(0).normal(size=(3, 7))
-    axes, coordinates = landscape.plane_basis(points)
+    axes, coordinates = plane_basis(points)
     np.testing.assert_allclose(axes @ axes.T, np.eye(2), atol=1e-12)
     np.testing.assert_allclose(points[0] + coordinates @ axes, points, atol=1e-12)
     np.testing.assert_allclose(coordinates[0], 0, atol=1e-12)
@@ -34,7 +39,7 @@ def test_plane_basis_is_orthonormal_and_goes_through_the_points():
 def test_points_on_a_line_have_no_plane(last):
     direction = np.arange(1.0, 5.0)
     points = np.stack([0 * direction, direction, last * direction])
-    assert landscape.plane_basis(points) is None
+    assert plane_basis(points) is None
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def measured():
         loss = float(jnp.sum(params["a"] ** 2) + jnp.sum(params["b"] ** 2))
         return loss, 10 * loss
 
-    return landscape.measure(score, solutions, num_rays=2, num_radii=3, grid=5)
+    return measure(score, solutions, num_rays=2, num_radii=3, grid=5)
 
 
 def test_measures_a_bowl(measured):
@@ -79,9 +84,9 @@ def test_average_of_one_epoch_has_no_plane():
     average = {"a": jnp.ones(3)}
     solutions = {"sgd": {"a": jnp.zeros(3)}, "swa": average, "last": average}
     few = {"num_rays": 1, "num_radii": 2, "grid": 3}
-    found = landscape.measure(lambda p: (float(p["a"].sum()), 1.0), solutions, **few)
+    found = measure(lambda p: (float(p["a"].sum()), 1.0), solutions, **few)
     assert found["plane"] is None
-    assert_shows_both(landscape.plot_width(found, "a line"))
+    assert_shows_both(plot_width(found, "a line"))
 
 
 @pytest.mark.parametrize("hole", [np.nan, np.inf])
@@ -89,19 +94,33 @@ def test_points_without_a_score_are_holes(measured, hole):
     for kind in ("train_loss", "test_error"):
         measured["plane"][kind][0][0] = hole
         measured["rays"]["surfaces"]["sgd"][kind][0][-1] = hole
-    assert_shows_both(landscape.plot_width(measured, "a bowl with a hole"))
+    assert_shows_both(plot_width(measured, "a bowl with a hole"))
     for kind in ("train_loss", "test_error"):
         measured["plane"][kind] = [[hole] * 5] * 5
-    assert_shows_both(landscape.plot_width(measured, "nothing but a hole"))
+    assert_shows_both(plot_width(measured, "nothing but a hole"))
 
 
-def test_weights_that_are_not_finite_have_no_score(tiny):
-    splits = data.load_splits(tiny, ("train", "test"))
-    compiled = compile_arm(tiny, plans.make_arms(tiny)[0], splits["train"])
-    state = compiled.init(jax.random.key(0))
-    score = watch._score_fn(tiny, splits, state)
-    assert np.isfinite(score(state.params)).all()
-    assert np.isnan(score(jax.tree.map(lambda x: x * np.inf, state.params))).all()
+def test_solutions_are_those_of_finished_runs(tiny, monkeypatch):
+    config = override(tiny, seeds=1)
+    run_job(config)
+    found = {}
+
+    def looking(score, solutions):
+        found.update(solutions=solutions, score=score)
+        return {}
+
+    monkeypatch.setattr(measuring, "measure", looking)
+    splits = load_splits(config.data, ("train", "test"))
+    made = Trainer(config, splits)
+    arms = made.compile(config.plan["sgd"]), made.compile(config.plan["swa3"])
+    measuring.measure_width(config.directory, *arms, made.scorer(limit=16))
+    written = json.loads(config.directory.width.read_text())
+    assert written == {"examples": {"train": 16, "test": 16}}
+    assert list(found["solutions"]) == ["SGD", "SWA", "SWA's last iterate"]
+    for solution in found["solutions"].values():
+        assert np.isfinite(found["score"](solution)).all()
+    infinite = jax.tree.map(lambda x: x * np.inf, solution)
+    assert np.isnan(found["score"](infinite)).all()
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"labels": []}'])
@@ -109,13 +128,13 @@ def test_what_measure_did_not_write_is_measured_anew(tmp_path, measured, content
     path = tmp_path / "width.json"
     if content is not None:
         path.write_text(content)
-    assert landscape.read_width(path) is None
+    assert read_width(path) is None
     path.write_text(json.dumps(measured))
-    assert landscape.read_width(path) == measured
+    assert read_width(path) == measured
 
 
 def test_plot_shows_both_solutions(measured):
-    assert_shows_both(landscape.plot_width(measured, "a bowl"))
+    assert_shows_both(plot_width(measured, "a bowl"))
 
 
 def assert_shows_both(content):
