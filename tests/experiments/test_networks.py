@@ -280,7 +280,7 @@ def test_nnx_network_trains_to_the_end(tiny):
     """As a whole job, its BatchNorm pass included."""
     nnx = EXPERIMENTS["digits_nnx"].config
     small = nnx.model.clone(widths=(4, 4), strides=(2, 2))
-    config = override(tiny, name=nnx.name, model=small)
+    config = dataclasses.replace(tiny, name=nnx.name, model=small)
     rows = run_job(override(config, seeds=1, epochs=3, swa_epochs=(2,)))
     assert [row["label"] for row in rows] == [
         "SGD",
