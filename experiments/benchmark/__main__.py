@@ -18,8 +18,8 @@ from experiments.benchmark.importing import import_time
 from experiments.benchmark.measuring import Line, Options, jax_threads
 from experiments.benchmark.peers import peers
 from experiments.benchmark.training import compile_time, training_steps
-from experiments.jobs.results import processor
 from experiments.runtime.files import write_json
+from experiments.runtime.provenance import processor
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "a": training_steps,

@@ -11,7 +11,7 @@ from experiments.data.dataset import Images, Inputs
 class Cifar10(Images):
     """60,000 images of 32x32 pixels; the last 5,000 for training validate."""
 
-    splits = {
+    splits: ClassVar[Mapping[str, str]] = {
         "train": "train[:45000]",
         "validation": "train[45000:]",
         "test": "test",

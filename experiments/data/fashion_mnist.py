@@ -42,7 +42,9 @@ class FashionMnist(Images):
             )
             return tfds.stock("fashion_mnist", self.data_dir, hint), STOCK_SPLITS
         features = {"image": ((28, 28, 1), np.uint8), "label": ((), np.int32)}
-        return tfds.own("fashion_mnist_idx", features, _rows, self.data_dir), self.splits
+        return tfds.own(
+            "fashion_mnist_idx", features, _rows, self.data_dir
+        ), self.splits
 
 
 def _rows() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.data.dataset import Images, Inputs
 from experiments.runtime.checks import check
@@ -12,7 +12,7 @@ from experiments.runtime.checks import check
 class ImageNet(Images):
     """1.28 million images; random-resized crops train, the middle is scored."""
 
-    splits = {
+    splits: ClassVar[Mapping[str, str]] = {
         "train": "train[:-10000]",
         "validation": "train[-10000:]",
         "test": "validation",

@@ -154,9 +154,7 @@ def load_splits(
     }
 
 
-def _load(
-    dataset: DataSet, builder: Any, tfds_split: str, wanted: int | None
-) -> Split:
+def _load(dataset: DataSet, builder: Any, tfds_split: str, wanted: int | None) -> Split:
     source = builder.info.full_name
     if dataset.stored:
         undecoded = {"image": tfds.decode.SkipDecoding()}

@@ -121,9 +121,7 @@ def own(
     }
     config = {}
     if variant is not None:
-        config["config"] = tfds.core.BuilderConfig(
-            name=variant, version=_Own.VERSION
-        )
+        config["config"] = tfds.core.BuilderConfig(name=variant, version=_Own.VERSION)
     return prepare(
         _own_class(name)(
             source=source,

@@ -22,6 +22,7 @@ from experiments.runtime import processes
 from experiments.runtime.files import write_json
 from experiments.runtime.metrics import Line, open_log
 from experiments.runtime.progress import progress_bar
+from experiments.runtime.provenance import provenance
 from experiments.runtime.signals import stop_on_signal
 from experiments.training.parallel import make_strategy
 from experiments.training.plans import Arm, Plan
@@ -170,7 +171,7 @@ def _write_results(config: Config, plan: Plan, runs: Runs) -> None:
         "rows": [dataclasses.asdict(row) for row in table],
         "comparisons": [c._asdict() for c in results.compare(table, plan)],
         "seconds": None if None in seconds else sum(s or 0 for s in seconds),
-        "provenance": results.provenance(),
+        "provenance": provenance(),
     }
     # Of a job that was only shown again, the machine that did it counts.
     if processes.is_main() and path.is_file():

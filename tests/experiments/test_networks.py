@@ -1,5 +1,6 @@
 """The networks of the published experiments: sizes, dtypes, modes."""
 
+import dataclasses
 import math
 
 import jax
