@@ -45,7 +45,9 @@ def average_distance(
       5.0
     """
     average = averaged_params(opt_state, params, which, allow_empty=True)
-    return distance(average, params)
+    pairs = zip(jax.tree.leaves(average), jax.tree.leaves(params), strict=True)
+    averaged = [(x, y) for x, y in pairs if x is not y]  # functions are passed by
+    return distance([x for x, _ in averaged], [y for _, y in averaged])
 
 
 def models_in_average(opt_state: PyTree, which: Which = None) -> jax.Array:

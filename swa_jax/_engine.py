@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from swa_jax._inlined import inlined
 from swa_jax._leafwise import Kind, Scalars, Words
-from swa_jax._newcomer import all_finite, apply_updates
+from swa_jax._newcomer import all_finite, apply_updates, weights_of
 from swa_jax._placement import (
     Targets,
     beside,
@@ -175,11 +175,14 @@ def after_update(
     def kept_as(dtype: Any) -> Any:
         return plan.kind.buffers(dtype, plan.accumulator_dtype)[0].dtype
 
+    along = batch_stats is not None
+
     def model(params: PyTree) -> PyTree:
-        along = batch_stats is not None
         return {"params": params, "batch_stats": batch_stats} if along else params
 
-    check_params(model(params), like, caller=plan.caller, averaged_as=kept_as)
+    whole = weights_of(model(params), like)
+    check_params(whole, like, caller=plan.caller, averaged_as=kept_as)
+    params = whole["params"] if along else whole
     new = model(apply_updates(params, updates, plan.caller))
     targets = resolve(plan.sharding, like)
     return next_state(plan, state, new, targets=targets)

@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from swa_jax import _engine
+from swa_jax._newcomer import weights_of
 from swa_jax._placement import (
     Targets,
     as_array,
@@ -118,7 +119,9 @@ def update_average(
 
     Args:
       state: from ``init_average`` or an earlier call.
-      params: pytree of the structure and shapes that ``init_average`` received.
+      params: pytree of the structure and shapes that ``init_average`` received. Where
+        that had ``None``, anything but an array of floats is passed by: the model of
+        ``eqx.filter(model, eqx.is_inexact_array)`` may be given whole.
       average: what ``init_average`` received. Equal ones share a compiled program, so
         it may be made anew for every call, unless its decay is a function of your own.
       sample: bool, or bool scalar as an array, also traced: whether to average. Where
@@ -219,6 +222,9 @@ def _run(
     )
     sample = check_sample(sample, caller="update_average")
     words, leaves = words_of(state), jax.tree.leaves(params)
+    if len(leaves) > len(words):
+        params = weights_of(params, models_like(plan.kind, state))
+        leaves = jax.tree.leaves(params)
     targets = None  # as always in a loop, so this is quick
     if not together(words, leaves):
         leaves = list(map(unwrapped, leaves))

@@ -11,12 +11,37 @@ from jax.tree_util import KeyPath
 
 from swa_jax._inlined import inlined
 from swa_jax._placement import as_array, follow
-from swa_jax._validate import is_averaged, leaf_dtype, leaf_dtypes
+from swa_jax._validate import is_averaged, is_weight, leaf_dtype, leaf_dtypes
 from swa_jax.typing import PyTree
 
 
 class _MismatchError(ValueError):
     """An update that does not fit its parameter."""
+
+
+def weights_of(params: PyTree, like: PyTree) -> PyTree:
+    """``params`` without what an average like this passes by, as of a whole module.
+
+    That is, where it holds ``None``: functions, numbers, integer arrays. Weights stay
+    there too, for ``check_params`` to refuse.
+    """
+    treedef: Any  # mypy has no class for it
+    treedef = jax.tree.structure(params)
+    if treedef == jax.tree.structure(like):
+        return params
+    slots, treedef = jax.tree.flatten(like, is_leaf=lambda x: x is None)
+    try:
+        parts = treedef.flatten_up_to(params)
+    except ValueError:
+        return params
+
+    def kept(slot: Any, part: Any) -> Any:
+        if slot is not None:
+            return part
+        weights = jax.tree.map(lambda x: x if is_weight(x) else None, part)
+        return weights if jax.tree.leaves(weights) else None
+
+    return treedef.unflatten(map(kept, slots, parts))
 
 
 def apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:

@@ -11,7 +11,7 @@ import optax
 from swa_jax._finding import average_state, holds_average, located
 from swa_jax._placement import beside, is_traced, unwrapped
 from swa_jax._states import with_counters
-from swa_jax._validate import MAX_COUNT
+from swa_jax._validate import MAX_COUNT, is_weight
 from swa_jax.averages.swa import SWAState
 from swa_jax.typing import PyTree, Which
 
@@ -30,7 +30,9 @@ def swa_params(
       opt_state: optimizer state with one ``SWAState`` in it, see ``swa_state``.
       params: the current parameters. They give structure, dtypes and placement, and
         the value of every leaf that ``optax.masked`` or ``optax.partition`` hid from
-        the average; while nothing has been averaged, of all leaves.
+        the average; while nothing has been averaged, of all leaves. Where the average
+        has ``None``, anything but an array of floats is returned as it is, so that a
+        whole Equinox model may be given.
       allow_empty: nothing averaged yet is expected, as in evaluation before the start:
         no warning.
 
@@ -197,17 +199,17 @@ def _span(counter: Any) -> str:
 
 def _matched(caller: str, avg_params: PyTree, params: PyTree) -> list[Any]:
     """The mean of each parameter in order; ``None`` where it is hidden."""
-    flat, *structure = jax.tree_util.tree_flatten_with_path(
-        avg_params, is_leaf=_is_masked
-    )
-    leaves, *expected = jax.tree_util.tree_flatten_with_path(params)
+    flatten = jax.tree_util.tree_flatten_with_path
+    flat, *structure = flatten(avg_params, is_leaf=_is_masked)
+    leaves, *expected = flatten(params)
     fix = "pass the parameters that the optimizer was initialised with"
     if isinstance(avg_params, dict) and avg_params.keys() == {"params", "batch_stats"}:
         fix = 'pass the tree of both, {"params": params, "batch_stats": batch_stats}'
     elif _is_nnx(params):
         fix += ", here nnx.state(model, nnx.Param)"
     if len(dict(flat)) == len(flat) and len(dict(leaves)) == len(leaves):
-        means = _matched_by_path(caller, dict(flat), leaves, fix)
+        slots, _ = flatten(avg_params, is_leaf=lambda x: x is None or _is_masked(x))
+        means = _matched_by_path(caller, dict(slots), leaves, fix)
     elif structure == expected:  # of a node that gives two children one key
         means = [None if _is_masked(leaf) else leaf for _, leaf in flat]
     else:
@@ -227,15 +229,18 @@ def _matched_by_path(
 ) -> list[Any]:
     """The same, where the containers of average and parameters may differ."""
     hidden = {path for path, leaf in averages.items() if _is_masked(leaf)}
+    absent = {path for path, leaf in averages.items() if leaf is None}
     means: list[Any] = []
     for path, param in leaves:
-        if any(path[:end] in hidden for end in range(len(path) + 1)):
-            means.append(None)  # by itself, or with a subtree around it
-        elif path in averages:
+        if _is_within(path, hidden) or (
+            _is_within(path, absent) and not is_weight(param)
+        ):
+            means.append(None)
+        elif path in averages and path not in absent:
             means.append(averages[path])
         else:
             raise ValueError(_misfit(caller, path, param, "no average", fix))
-    surplus = averages.keys() - hidden - {path for path, _ in leaves}
+    surplus = averages.keys() - hidden - absent - {path for path, _ in leaves}
     if surplus:
         path = min(map(jax.tree_util.keystr, surplus))
         raise ValueError(
@@ -243,6 +248,11 @@ def _matched_by_path(
             f"{fix}"
         )
     return means
+
+
+def _is_within(path: Any, places: set[Any]) -> bool:
+    """Whether one of ``places`` is that of a leaf, or of a subtree around it."""
+    return any(path[:end] in places for end in range(len(path) + 1))
 
 
 def _misfit(caller: str, path: Any, param: Any, found: str, fix: str) -> str:
@@ -254,8 +264,8 @@ def _misfit(caller: str, path: Any, param: Any, found: str, fix: str) -> str:
 
 def _as_param(mean: Any, param: Any, some: bool | jax.Array) -> jax.Array:
     """The value to use, in a buffer of its own."""
-    if mean is None and not hasattr(param, "dtype"):
-        return param  # a function, say, that was hidden because it is no array
+    if mean is None and not (isinstance(param, jax.Array) or is_weight(param)):
+        return param  # a function, say, or NumPy's integers, perhaps of 64 bits
     if not isinstance(param, jax.Array):
         param = jax.device_put(
             unwrapped(param)

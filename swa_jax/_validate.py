@@ -229,6 +229,17 @@ def leaf_dtypes(params: PyTree, *, caller: str, name: str = "params") -> list[An
     return [of(path, leaf) for path, leaf in _flatten_with_path(params)]
 
 
+def is_weight(x: Any) -> bool:
+    """Whether ``x`` is an array of floats, which no average passes by in silence."""
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    if isinstance(x, type) or not (isinstance(x, kinds) or hasattr(x, "__jax_array__")):
+        return False
+    try:
+        return is_averaged(leaf_dtype(x))
+    except (TypeError, ValueError):
+        return False  # of strings, say
+
+
 def is_averaged(dtype: Any) -> bool:
     """Whether leaves of ``dtype`` are averaged; others carry their latest value."""
     return jnp.issubdtype(dtype, jnp.inexact)

@@ -7,7 +7,9 @@ import statistics
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import swa_jax
@@ -144,6 +146,7 @@ def test_every_loop_trains():
         "the first of four seeds",
         "TrainState",
         "pmap",
+        "begun without",
     }
     for name, accuracy in page["results"].items():
         assert 0.8 < accuracy < 1, name
@@ -152,6 +155,31 @@ def test_every_loop_trains():
     # One with the devices' axis, one without: told, not guessed.
     with pytest.raises(ValueError, match=r"of shape \(64, 10\) opt_state holds"):
         swa_jax.swa_params(page["opt_state"], page["first"](page["p"]))
+
+
+def test_a_run_that_began_without_an_average_goes_on_as_if_it_had_one():
+    page = run("training-loops.md")
+    adam, weights, seen = optax.adam(0.05), {"w": jnp.zeros((64, 10))}, []
+    state = adam.init(weights)
+    for i in range(100):
+        grads = jax.grad(page["loss"])(weights, *page["batch"](i))
+        updates, state = adam.update(grads, state)
+        weights = optax.apply_updates(weights, updates)
+        seen.append(np.float64(weights["w"]))
+    expected = np.mean(seen[59::10], axis=0)
+    assert len(seen[59::10]) == 5
+    np.testing.assert_allclose(page["of_five"]["w"], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.mean(seen[49::10], axis=0) - expected).max() > 1e-3
+
+
+def test_gradients_that_are_accumulated_by_a_link_count_batches():
+    page = run("training-loops.md")
+    seen = [np.float64(x) for x in page["seen"]]
+    # Weights move at every fourth batch.
+    moved = [i for i in range(1, 24) if np.any(seen[i] != seen[i - 1])]
+    assert moved == [3, 7, 11, 15, 19, 23]
+    expected = np.mean([seen[i - 1] for i in (12, 16, 20, 24)], axis=0)
+    np.testing.assert_allclose(page["of_four"], expected, rtol=1e-5, atol=1e-7)
 
 
 # frameworks.md

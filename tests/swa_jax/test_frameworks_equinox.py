@@ -1,15 +1,20 @@
-"""The pass over models of Equinox, against NumPy's float64."""
+"""Models of Equinox, whole, and the pass over them, against NumPy's float64."""
+
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import swa_jax
 from swa_jax.frameworks import equinox as frameworks
 
 from .populations import BATCHES, assert_statistics, f64, population, two_layers
+from .transformations import every_method, gradient
 
 EPS = 1e-5  # Equinox's default
 MODES = ("ema", "batch")
@@ -288,6 +293,132 @@ def test_averaged_weights_end_to_end():
     recomputed = frameworks.recompute_batch_stats(averaged, state, BATCHES, forward)
     assert_net(averaged, recomputed)
     assert np.isfinite(inferred(averaged, recomputed, BATCHES[0])).all()
+
+
+# Modules passed whole, with what is no weight in them.
+
+
+class Whole(eqx.Module):
+    """Leaves of every sort; ``is_inexact_array`` leaves three of them."""
+
+    linear: eqx.nn.Linear
+    scale: jax.Array
+    dropout: eqx.nn.Dropout  # its p is a Python float
+    activation: Callable = jnp.tanh
+    name: str = "whole"
+    depth: int = 2
+    flag: bool = True
+    dtype: Any = jnp.float32  # a class, with a dtype of its own
+    nothing: Any = None
+    steps: Any = eqx.field(default_factory=lambda: jnp.arange(3))
+    table: Any = eqx.field(default_factory=lambda: np.array([2**40, 1]))
+    key: Any = eqx.field(default_factory=lambda: jax.random.key(0))
+
+
+def whole() -> Whole:
+    linear = eqx.nn.Linear(3, 2, key=jax.random.key(1))
+    return Whole(linear, jnp.array([1.0, -2.0], jnp.bfloat16), eqx.nn.Dropout(0.1))
+
+
+def weights(model):
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def rest(model):
+    return eqx.filter(model, eqx.is_inexact_array, inverse=True)
+
+
+@every_method
+def test_module_passed_whole(case):
+    average = case.make()
+    tx = optax.chain(optax.adamw(0.1), average)
+
+    @eqx.filter_jit
+    def step(model, opt_state, t):
+        updates, opt_state = tx.update(gradient(weights(model), t), opt_state, model)
+        return eqx.apply_updates(model, updates), opt_state
+
+    model, history = whole(), []
+    opt_state = tx.init(weights(model))
+    looped = swa_jax.init_average(weights(model), average)
+    for t in range(8):
+        model, opt_state = step(model, opt_state, jnp.float32(t))
+        looped = swa_jax.update_average(looped, model, average)
+        history.append(jax.device_get(weights(model)))
+    assert len(jax.tree.leaves(history[0])) == 3
+    for state in (opt_state, looped):
+        for read in (case.read, eqx.filter_jit(case.read)):
+            averaged = read(state, model)
+            case.assert_average(weights(averaged), history)
+            assert eqx.tree_equal(rest(averaged), rest(model))
+        case.assert_average(case.read(state, weights(model)), history)
+        pairs = zip(
+            jax.tree.leaves(weights(averaged)),
+            jax.tree.leaves(history[-1]),
+            strict=True,
+        )
+        apart = np.sqrt(sum(((f64(x) - f64(y)) ** 2).sum() for x, y in pairs))
+        found = swa_jax.average_distance(state, model, case.method.state)
+        np.testing.assert_allclose(found, apart, rtol=1e-5)
+
+
+def test_module_passed_whole_before_its_start():
+    model = whole()
+    state = swa_jax.init_average(weights(model))
+    assert eqx.tree_equal(swa_jax.swa_params(state, model, allow_empty=True), model)
+
+
+def test_sample_of_a_module_passed_whole():
+    model, average = whole(), swa_jax.swag(rank=2)
+    state = swa_jax.init_average(weights(model), average)
+    for _ in range(3):
+        state = swa_jax.update_average(state, model, average)
+    sample = swa_jax.swag_sample(jax.random.key(0), state, model)
+    assert eqx.tree_equal(sample, model)  # of models that are all alike
+
+
+def test_module_passed_whole_with_its_statistics():
+    model, stats = whole(), {"mean": jnp.zeros(2)}
+    tx = swa_jax.with_batch_stats(swa_jax.swa(), stats)
+    state, grads = tx.init(weights(model)), jax.tree.map(jnp.ones_like, weights(model))
+    for t in (1.0, 2.0):
+        stats = {"mean": jnp.full(2, t)}
+        _, state = tx.update(grads, state, model, batch_stats=stats)
+    averaged = swa_jax.swa_params(state, {"params": model, "batch_stats": stats})
+    np.testing.assert_array_equal(averaged["batch_stats"]["mean"], [1.5, 1.5])
+    got, given = averaged["params"], model
+    np.testing.assert_array_equal(got.linear.weight, f64(given.linear.weight + 1))
+    assert eqx.tree_equal(rest(got), rest(given))
+
+
+def test_integer_arrays_of_the_average_follow():
+    """Where the average was initialised with all arrays, it has them all."""
+    model = whole()
+    state = swa_jax.init_average(eqx.filter(model, eqx.is_array))
+    for steps in (1, 2):
+        model = eqx.tree_at(lambda m: m.steps, model, jnp.full(3, steps))
+        state = swa_jax.update_average(state, model)
+    older = eqx.tree_at(lambda m: m.steps, model, jnp.zeros(3, int))
+    np.testing.assert_array_equal(swa_jax.swa_params(state, older).steps, [2, 2, 2])
+
+
+def test_weights_that_the_average_lacks_are_refused():
+    model = whole()
+    part = eqx.tree_at(lambda m: m.scale, weights(model), None)
+    tx = swa_jax.swa()
+    state, grads = tx.init(part), jax.tree.map(jnp.ones_like, part)
+    only = r"only in params: \.scale; only in the state's average: nothing\. Fix: "
+    with pytest.raises(ValueError, match=rf"^swa: params must have .*{only}"):
+        tx.update(grads, state, model)
+    with pytest.raises(ValueError, match=rf"^update_average: params must .*{only}"):
+        swa_jax.update_average(state, model)
+    with pytest.raises(ValueError, match=r"params\.scale of shape .* holds no average"):
+        swa_jax.swa_params(state, model)
+    for weight in (np.ones(2), np.float64(1), jnp.ones(2, jnp.complex64)):
+        more = eqx.tree_at(lambda m: m.name, model, weight)
+        state = swa_jax.init_average(weights(model))
+        with pytest.raises(ValueError, match=r"only in params: \.name; only in the"):
+            swa_jax.update_average(state, more)
 
 
 def test_misuse():
