@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import logging
 import pathlib
 import shlex
@@ -79,13 +80,13 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if command in ("train", "tune"):
         job = _parse(command, *_experiment(command, rest))
-        run: Callable[[], None] = lambda: _run(job)  # noqa: E731
+        run = functools.partial(_run, job)
     elif command == "report":
-        found = tyro.cli(ReportJob, prog=f"{PROG} report", args=rest)
-        run = lambda: _report(found)  # noqa: E731
+        job = tyro.cli(ReportJob, prog=f"{PROG} report", args=rest)
+        run = functools.partial(_report, job)
     elif command == "export":
-        wanted = tyro.cli(ExportJob, prog=f"{PROG} export", args=rest)
-        run = lambda: _export(wanted)  # noqa: E731
+        job = tyro.cli(ExportJob, prog=f"{PROG} export", args=rest)
+        run = functools.partial(_export, job)
     elif command == "benchmark":
         from experiments.benchmark.__main__ import main as benchmark
 

@@ -6,13 +6,14 @@ takes; its first line is the line in `--help`.
 
 import dataclasses
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.config.schema import (
     Config,
     FineTuneTuning,
     Saving,
     Tuning,
+    from_settings,
     override,
 )
 from experiments.data.cifar import Cifar10, Cifar100
@@ -27,6 +28,8 @@ from experiments.models.resnet import STAGES, ResNet
 from experiments.models.transformer import Transformer
 from experiments.models.vgg import VGG16
 from experiments.models.wide_resnet import WideResNet
+from experiments.runtime.errors import StorageError
+from experiments.runtime.workdir import Workdir
 from experiments.training.optimizer import Optimizer
 from experiments.training.protocols import Budgets, FineTune, SideBySide
 
@@ -195,72 +198,38 @@ Rates and weight decay: python -m experiments tune shakespeare
 
 # The original repository's settings: github.com/timgaripov/swa, README.md at commit
 # 411b2fc and train.py. Its SGD schedule moves once an epoch, ours at every step.
-class _Cifar(NamedTuple):
-    network: str
-    classes: int
-    model: Any
-    swa_lr: float
-    budget: int  # in epochs
-    # Test accuracy (%) in its README: SGD, and SWA at each budget.
-    published: tuple[str, ...] = ()
+_CIFAR_NETWORKS = {
+    "vgg16": VGG16(False),
+    "vgg16_bn": VGG16(True),
+    "preresnet110": PreResNet(110),
+    "preresnet164": PreResNet(164),
+    "wide_resnet": WideResNet(),
+}
+# Test accuracy (%) in its README: of SGD, and of SWA at 1, 1.25 and 1.5 budgets.
+_CIFAR = {
+    "cifar10_vgg16": "93.25 ± 0.16, 93.59 ± 0.16, 93.70 ± 0.22, 93.64 ± 0.18",
+    "cifar10_vgg16_bn": "",
+    "cifar10_preresnet110": "95.03 ± 0.05, 95.51 ± 0.10, 95.65 ± 0.03, 95.82 ± 0.03",
+    "cifar10_preresnet164": "95.28 ± 0.10, 95.56 ± 0.11, 95.77 ± 0.04, 95.83 ± 0.03",
+    "cifar10_wide_resnet": "96.18 ± 0.11, 96.45 ± 0.11, 96.64 ± 0.08, 96.79 ± 0.05",
+    "cifar100_vgg16": "72.55 ± 0.10, 73.91 ± 0.12, 74.17 ± 0.15, 74.27 ± 0.25",
+    "cifar100_preresnet110": "76.77 ± 0.38, 78.75 ± 0.16, 78.91 ± 0.29, 79.10 ± 0.21",
+    "cifar100_preresnet164": "78.49 ± 0.36, 79.77 ± 0.17, 80.18 ± 0.23, 80.35 ± 0.16",
+    "cifar100_wide_resnet": "80.82 ± 0.23, 81.46 ± 0.23, 81.91 ± 0.27, 82.15 ± 0.27",
+}
 
 
-_CIFAR = (
-    *(
-        _Cifar("vgg16", classes, VGG16(False), 0.01, 200, published)
-        for classes, published in (
-            (10, ("93.25 ± 0.16", "93.59 ± 0.16", "93.70 ± 0.22", "93.64 ± 0.18")),
-            (100, ("72.55 ± 0.10", "73.91 ± 0.12", "74.17 ± 0.15", "74.27 ± 0.25")),
-        )
-    ),
-    _Cifar("vgg16_bn", 10, VGG16(True), 0.01, 200),
-    *(
-        _Cifar(f"preresnet{depth}", classes, PreResNet(depth), swa_lr, 150, published)
-        for depth, classes, swa_lr, published in (
-            (
-                110,
-                10,
-                0.01,
-                ("95.03 ± 0.05", "95.51 ± 0.10", "95.65 ± 0.03", "95.82 ± 0.03"),
-            ),
-            (
-                164,
-                10,
-                0.01,
-                ("95.28 ± 0.10", "95.56 ± 0.11", "95.77 ± 0.04", "95.83 ± 0.03"),
-            ),
-            (
-                110,
-                100,
-                0.05,
-                ("76.77 ± 0.38", "78.75 ± 0.16", "78.91 ± 0.29", "79.10 ± 0.21"),
-            ),
-            (
-                164,
-                100,
-                0.05,
-                ("78.49 ± 0.36", "79.77 ± 0.17", "80.18 ± 0.23", "80.35 ± 0.16"),
-            ),
-        )
-    ),
-    *(
-        _Cifar("wide_resnet", classes, WideResNet(), 0.05, 200, published)
-        for classes, published in (
-            (10, ("96.18 ± 0.11", "96.45 ± 0.11", "96.64 ± 0.08", "96.79 ± 0.05")),
-            (100, ("80.82 ± 0.23", "81.46 ± 0.23", "81.91 ± 0.27", "82.15 ± 0.27")),
-        )
-    ),
-)
-
-
-def _cifar(row: _Cifar) -> None:
-    name, epochs = f"cifar{row.classes}_{row.network}", row.budget
-    vgg, short = isinstance(row.model, VGG16), isinstance(row.model, PreResNet)
+def _cifar(name: str, published: str) -> None:
+    kind, network = name.split("_", 1)
+    model, dataset = _CIFAR_NETWORKS[network], {"cifar10": Cifar10}.get(kind, Cifar100)
+    vgg, short = isinstance(model, VGG16), isinstance(model, PreResNet)
+    epochs = 150 if short else 200
+    low = vgg or (short and dataset is Cifar10)
     config = Config(
-        data=(Cifar10 if row.classes == 10 else Cifar100)(
+        data=dataset(
             hold_out=False, batch_size=128, eval_batch_size=500, max_shift=4, flip=True
         ),
-        model=row.model,
+        model=model,
         optimizer=Optimizer(
             learning_rate=0.05 if vgg else 0.1,
             weight_decay=3e-4 if short else 5e-4,
@@ -270,23 +239,23 @@ def _cifar(row: _Cifar) -> None:
             epochs=epochs,
             budgets=(1, 1.25, 1.5),
             swa_start=126 if short else 161,
-            swa_lr=row.swa_lr,
+            swa_lr=0.01 if low else 0.05,
         ),
         seeds=3,
     )
     expected = "Expected: the repository has this network, but publishes no figures."
-    if row.published:
-        sgd, *swa = row.published
+    if published:
+        sgd, swa = published.split(", ", 1)
         expected = (
             f"Expected test accuracy (original repository's README): SGD {sgd} %, SWA\n"
-            f"{', '.join(swa)} % at 1, 1.25 and 1.5 budgets."
+            f"{swa} % at 1, 1.25 and 1.5 budgets."
         )
     trained = sum(int(budget * epochs) for budget in (1, 1.25, 1.5, 1.5))
     _experiment(
         name,
         config,
         Tuning(),
-        f"""{row.network} on CIFAR-{row.classes} as in the original repository.
+        f"""{network} on CIFAR-{kind[5:]} as in the original repository.
 
 Command: python -m experiments {name}
 {expected}
@@ -295,8 +264,8 @@ Run time: not measured; {trained:,} epochs of 50,000 images a seed want an accel
     )
 
 
-for _row in _CIFAR:
-    _cifar(_row)
+for _name, _published in _CIFAR.items():
+    _cifar(_name, _published)
 
 
 # The baseline's settings are those of Goyal et al., arXiv:1706.02677, for batches of
@@ -330,3 +299,21 @@ _imagenet(50, "76.15 % before, 76.83 ± 0.01 % after 5 and 76.97 ± 0.05 % after
 _imagenet(152, "78.31 % before, 78.82 ± 0.01 % after 5 and 78.94 ± 0.07 % after 10")
 
 DIGITS = EXPERIMENTS["digits"].config
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of the job in a work directory, wherever that is by now.
+
+    Raises:
+        StorageError: There is none.
+    """
+    directory = Workdir(workdir)
+    try:
+        content = directory.read_settings()
+        default = EXPERIMENTS[content["name"]].config
+        return from_settings(default, {**content, "workdir": str(workdir)})
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{directory.config} does not hold the settings of a job ({error}); name"
+            " the --workdir of one."
+        ) from error

@@ -19,7 +19,6 @@ from experiments.runtime.checks import (
     AT_LEAST_1,
     check_settings,
 )
-from experiments.runtime.errors import StorageError
 from experiments.runtime.processes import ONE_PROCESS, Cluster
 from experiments.runtime.workdir import Workdir
 from experiments.training.optimizer import Optimizer
@@ -195,7 +194,7 @@ def shared_settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _OWN}
 
 
-def override(config: Any, **settings: Any) -> Any:
+def override(config: Config, **settings: Any) -> Config:
     """The same with some settings changed, whatever parts they are in.
 
     Raises:
@@ -231,23 +230,3 @@ def from_settings(default: Config, content: Mapping[str, Any]) -> Config:
         elif name in ("workdir", "data_dir") and value is not None:
             known[name] = pathlib.Path(value)
     return override(default, **known)
-
-
-def read_config(workdir: pathlib.Path) -> Config:
-    """The configuration of the job in a work directory, wherever that is by now.
-
-    Raises:
-        StorageError: There is none.
-    """
-    from experiments.config.named import EXPERIMENTS
-
-    directory = Workdir(workdir)
-    try:
-        content = directory.read_settings()
-        default = EXPERIMENTS[content["name"]].config
-        return from_settings(default, {**content, "workdir": str(workdir)})
-    except (StorageError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(
-            f"{directory.config} does not hold the settings of a job ({error}); name"
-            " the --workdir of one."
-        ) from error

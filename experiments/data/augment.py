@@ -8,6 +8,7 @@ import io
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import PIL.Image
 
@@ -25,6 +26,11 @@ class Share(NamedTuple):
 
 
 WHOLE = Share(0, 1)
+
+
+def own_share() -> Share:
+    """What this process gathers in its job."""
+    return Share(jax.process_index(), jax.process_count())
 
 
 def shift_and_flip(

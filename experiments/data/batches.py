@@ -5,7 +5,7 @@ A training batch is a pure function of (seed, step).
 
 import functools
 from collections.abc import Iterator
-from typing import NotRequired, Protocol, TypedDict, TypeVar
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import grain
 import numpy as np
@@ -97,27 +97,14 @@ class TrainBatches:
                 batches from there on.
             last_step: Where to end.
         """
-        steps = range(first_step, last_step)
-        batches = _Mapped(steps, lambda step: self.batch(seed, step))
+        steps = grain.MapDataset.range(first_step, last_step)
+        batches = steps.map(lambda step: self.batch(seed, step))
         return _read_ahead(batches, self.split.threads, 16)
 
 
 class _RandomAccess(Protocol[T]):  # type: ignore[misc]
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> T: ...
-
-
-class _Mapped:
-    """A function of some numbers, for grain."""
-
-    def __init__(self, numbers: range, function) -> None:  # type: ignore[no-untyped-def]
-        self._numbers, self._function = numbers, function
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
-        return self._function(self._numbers[index])
 
 
 class _Batches:
@@ -151,7 +138,7 @@ class EvalBatches(_Batches):
     def __getitem__(self, index: int) -> EvalBatch:
         """A share of a batch."""
         rows = self._rows(index)
-        whole = np.resize(rows, self._batch_size)
+        whole = np.resize(rows, self._batch_size)  # padded with rows seen already
         mine = self._share.rows(self._batch_size)
         inputs, labels = self._split.read(whole[mine])
         mask = (np.arange(self._batch_size) < len(rows))[mine]
@@ -183,11 +170,11 @@ class InputBatches(_Batches):
 def _in_order(batches: _RandomAccess[T], split: Split) -> Iterator[T]:
     if isinstance(split, MemorySplit):
         return map(batches.__getitem__, range(len(batches)))
-    return _read_ahead(batches, split.threads, 4)
+    return _read_ahead(grain.MapDataset.source(batches), split.threads, 4)
 
 
-def _read_ahead(batches: _RandomAccess[T], threads: int, buffered: int) -> Iterator[T]:
+def _read_ahead(batches: Any, threads: int, buffered: int) -> Iterator[Any]:
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(buffered, threads)
     )
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))

@@ -8,11 +8,10 @@ import json
 import time
 from collections.abc import Mapping
 
-import jax
 import rich.console
 
 from experiments.config.schema import FREE, Config, settings_of
-from experiments.data.augment import Share
+from experiments.data.augment import own_share
 from experiments.data.batches import TrainBatches
 from experiments.data.splits import Split, load_splits
 from experiments.jobs import results
@@ -43,8 +42,7 @@ class Trainer:
         """
         self.config, self.splits = config, splits
         self.strategy = make_strategy(config.devices.parallel, config.data.batch_size)
-        share = Share(jax.process_index(), jax.process_count())
-        self.batches = TrainBatches(splits["train"], config.data, share)
+        self.batches = TrainBatches(splits["train"], config.data, own_share())
 
     def compile(self, arm: Arm) -> CompiledArm:
         """An arm, compiled."""

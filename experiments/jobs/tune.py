@@ -1,8 +1,8 @@
 """Choosing the learning rates of all arms on the validation split.
 
 Each trial is in tuning.json when it ends, so the same command goes on where it stopped.
-A study of Optuna would want a data base for what one JSON file keeps, and has no grid
-that grows at its edges: the search is ours.
+The search is ours: the grid sampler of Optuna, say, takes a fixed grid, and ours grows
+while its best value is at an edge.
 """
 
 import math

@@ -7,6 +7,7 @@ key})`. Whatever dtype they compute in, parameters, BatchNorm's statistics and l
 are float32.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def build(model: Model, data: Inputs, axis_name: str | None = None) -> Model:
     return model.clone(data=data, axis_name=axis_name)
 
 
+@functools.cache  # a trace takes seconds for a large network
 def shapes(model: Model) -> Any:
     """Shapes and dtypes of a built network's variables; nothing is computed."""
     inputs = jnp.zeros((1, *model.data.shape), jnp.uint8)

@@ -18,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
-from experiments.config.schema import read_config, settings_of
+from experiments.config.named import read_config
+from experiments.config.schema import settings_of
 from experiments.data.splits import load_splits
 from experiments.jobs.main import Trainer
 from experiments.jobs.run import final_state, finished

@@ -11,7 +11,8 @@ import rich.console
 import rich.markdown
 import rich.table
 
-from experiments.config.schema import Config, read_config
+from experiments.config.named import read_config
+from experiments.config.schema import Config
 from experiments.data.splits import load_splits
 from experiments.jobs.main import Trainer
 from experiments.jobs.run import finished

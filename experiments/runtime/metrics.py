@@ -142,7 +142,8 @@ class ParsedLog(NamedTuple):
     @property
     def scored_by(self) -> str:
         """What its experiment is scored by: accuracy, or loss."""
-        return self.header.get("scored_by", "accuracy")
+        text = self.config.get("dataset") == "shakespeare"  # of an earlier version
+        return self.header.get("scored_by", "loss" if text else "accuracy")
 
     def of(self, event: str, arm: str, seed: int) -> list[Line]:
         """The events of one kind of one run."""
@@ -180,6 +181,9 @@ def read_log(path: pathlib.Path) -> ParsedLog:
         if line["event"] == "config":
             header, arms = _header(line)
             continue
+        if line["event"] in ("step", "train"):  # as an earlier version had them
+            renamed = {name: f"batch_{name}" for name in ("loss", "accuracy")}
+            line = {renamed.get(name, name): value for name, value in line.items()}
         at = line.get("epoch", line.get("step")), line.get("weights")
         key = line["event"], line["arm"], line["seed"], *at
         last.pop(key, None)  # so that it moves to the end

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import swa_jax
-from experiments.data.augment import Share
+from experiments.data.augment import own_share
 from experiments.data.batches import EvalBatch, EvalBatches, InputBatches
 from experiments.data.splits import Split
 from experiments.models import Model
@@ -102,10 +102,7 @@ class Scorer:
         self.model = model
         self._splits, self._limit, self._strategy = splits, limit, strategy
         self._batch_size = -(-batch_size // strategy.devices) * strategy.devices
-        if strategy.devices > 1:
-            self._share = Share(jax.process_index(), jax.process_count())
-        else:
-            self._share = Share(0, 1)
+        self._share = own_share()
 
     @property
     def examples(self) -> dict[str, int]:

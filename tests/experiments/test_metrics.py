@@ -117,3 +117,20 @@ def test_what_is_no_log_is_an_error(tmp_path, content):
     path.write_text(content)
     with pytest.raises(StorageError, match="does not begin with a job's configuration"):
         read_log(path)
+
+
+def test_a_log_of_an_earlier_version_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    header = {"config": {"name": "shakespeare", "dataset": "shakespeare"}}
+    lines = [
+        {"event": "config", **header, "arms": [ARM]},
+        {"event": "train", **RUN, "epoch": 1, "step": 3, "loss": 0.5, "accuracy": 0.25},
+        {"event": "test", **RUN, "epoch": 1, "weights": "iterate", "loss": 2.0},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = read_log(path)
+    assert log.scored_by == "loss"
+    (train,) = log.of("train", "sgd", 0)
+    assert (train["batch_loss"], train["batch_accuracy"]) == (0.5, 0.25)
+    (test,) = log.of("test", "sgd", 0)
+    assert test["loss"] == 2.0

@@ -141,7 +141,7 @@ def test_results_hold_the_configuration_every_seed_and_their_origin(tiny):
     ]
     assert len(runs) == 6
     assert found["seconds"] == pytest.approx(sum(run["seconds"] for run in runs))
-    assert not [path for path in tiny.workdir.iterdir() if path.suffix.isdigit()]
+    assert not [path for path in tiny.workdir.iterdir() if path.suffix[1:].isdigit()]
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
