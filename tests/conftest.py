@@ -1,6 +1,8 @@
 """One environment for all tests: CPU only, eight devices, and JAX at its strictest."""
 
+import collections
 import os
+import zlib
 
 # Before anything imports jax: these are read once, when the backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +16,26 @@ import jax.experimental
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow
+def pytest_collection_modifyitems(items):
+    """Mark as slow all but some cases of each test that says `sample`.
+
+    They are spread evenly over the cases, from one that the test's name decides, so
+    that of a population which many tests share every member has its turn.
+    """
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in tests.items():
+        (number,) = cases[0].get_closest_marker("sample").args
+        first = zlib.crc32(name.encode())
+        kept = {(first + n * len(cases) // number) % len(cases) for n in range(number)}
+        for index, case in enumerate(cases):
+            if index not in kept:
+                case.add_marker("slow")
 
 
 # Its name before jax 0.8 was jax.experimental.enable_x64.

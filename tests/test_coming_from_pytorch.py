@@ -50,6 +50,7 @@ def test_each_call_averages_the_models_of_its_row(ends, call):
     assert averaged_updates(tx, 10 * S) == expected
 
 
+@pytest.mark.slow
 def test_side_by_side_loop_averages_what_pytorchs_does():
     namespace = run("coming-from-pytorch.md")
     # `epoch > swa_start` for epoch in range(10).

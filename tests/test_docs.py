@@ -64,6 +64,7 @@ def test_names_exist_and_links_lead_somewhere(page):
 # published-method.md
 
 
+@pytest.mark.slow
 def test_both_forms_of_the_published_method_agree(capsys):
     namespace = run("published-method.md")
     # Chance is 0.1; ten epochs of this network give about 0.9 on these writers.
@@ -90,6 +91,7 @@ def test_errors_of_means_are_those_of_the_command(number):
 # averages.md
 
 
+@pytest.mark.slow
 def test_every_average_trains():
     results = run("averages.md")["results"]
     assert len(results) == 14
@@ -113,6 +115,7 @@ def test_effective_windows_are_those_of_the_averages():
 # evaluation.md
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_training_as_it_is(tmp_path):
     page = run("evaluation.md")
     state, best = page["state"], page["best"]
@@ -139,6 +142,7 @@ def test_evaluation_leaves_training_as_it_is(tmp_path):
 # training-loops.md
 
 
+@pytest.mark.slow
 def test_every_loop_trains():
     page = run("training-loops.md")
     assert set(page["results"]) == {
@@ -157,6 +161,7 @@ def test_every_loop_trains():
         swa_jax.swa_params(page["opt_state"], page["first"](page["p"]))
 
 
+@pytest.mark.slow
 def test_a_run_that_began_without_an_average_goes_on_as_if_it_had_one():
     page = run("training-loops.md")
     adam, weights, seen = optax.adam(0.05), {"w": jnp.zeros((64, 10))}, []
@@ -172,6 +177,7 @@ def test_a_run_that_began_without_an_average_goes_on_as_if_it_had_one():
     assert np.abs(np.mean(seen[49::10], axis=0) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_that_are_accumulated_by_a_link_count_batches():
     page = run("training-loops.md")
     seen = [np.float64(x) for x in page["seen"]]
@@ -185,6 +191,7 @@ def test_gradients_that_are_accumulated_by_a_link_count_batches():
 # frameworks.md
 
 
+@pytest.mark.slow
 def test_every_framework_trains():
     results = run("frameworks.md")["results"]
     assert set(results) == {"nnx", "linen", "equinox", "haiku", "keras"}
@@ -195,6 +202,7 @@ def test_every_framework_trains():
 # how-to-choose.md
 
 
+@pytest.mark.slow
 def test_every_choice_trains():
     results = run("how-to-choose.md")["results"]
     assert set(results) == {

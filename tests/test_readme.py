@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import itertools
 import pathlib
 import re
 import statistics
@@ -17,6 +18,7 @@ from experiments.runtime.workdir import Workdir
 from tests.test_requirements import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
+CI = (ROOT / ".ci" / "run").read_text()
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
@@ -96,7 +98,20 @@ def test_install_line_installs_what_the_first_example_imports():
 def test_ci_runs_the_very_test_command():
     (test_command,) = (c for c in COMMANDS if c.endswith("-m pytest"))
     assert "\n" not in test_command
-    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert test_command in CI.splitlines()
+
+
+def test_ci_runs_every_test():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+    addopts = options["ini_options"]["addopts"]
+    selections = [
+        addopts[addopts.index("-m") + 1],
+        *re.findall(r'pytest -m "?([^"\n]*)', CI),
+    ]
+    assert len(selections) == 3
+    for slow, aot in itertools.product((False, True), repeat=2):
+        marks = {"slow": slow, "aot": aot}
+        assert any(eval(selection, {}, marks) for selection in selections), marks
 
 
 def test_every_public_name_is_explained():

@@ -85,8 +85,8 @@ def report_of(tmp_path_factory) -> ReportOf:
 
 def on(target: str, *values: str):
     """A parameter set on a target, marked where it takes a compiler from outside."""
-    marks = [] if target == CPU else [pytest.mark.aot]
-    return pytest.param(target, *values, marks=marks)
+    mark = pytest.mark.slow if target == CPU else pytest.mark.aot
+    return pytest.param(target, *values, marks=mark)
 
 
 # The TPU's first and the GPU's last: two pytest workers begin at both ends.

@@ -137,6 +137,7 @@ def test_passes_over_a_network():
     assert [x.shape for x in actions["inference"]()] == [(2, 2, 2, 4)] * 3
 
 
+@pytest.mark.slow
 def test_the_pass_is_measured_over_forty_batches(monkeypatch):
     small = batch_norm.Convolutions(widths=(4, 4))
     monkeypatch.setattr(batch_norm, "ResNet", lambda stages, data: small)
@@ -149,6 +150,7 @@ def test_the_pass_is_measured_over_forty_batches(monkeypatch):
     assert lines[0].note.endswith(" ms an image, 40 batches")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_params")
 def test_sections_run(tmp_path, capsys):
     output = tmp_path / "results.json"
@@ -193,6 +195,7 @@ def test_peers_are_compared_with_ours(monkeypatch):
     assert torch.what == "time of theirs over ours"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_params")
 def test_averages_are_compared_with_swa_and_with_others(monkeypatch):
     updates = []
@@ -243,6 +246,7 @@ def test_peers_of_ema_run_where_they_are_installed():
     assert any("flax" in name for name, _ in found) == hasattr(nnx, "EMA")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_measured_and_removed(tmp_path):
     options = Options(rounds=2, checkpoint_bytes=6_400, scratch=tmp_path)
     lines = list(checkpoints.checkpoints(options))

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
 from experiments.config.schema import override, settings_of
 from tests.helpers import run_job
@@ -12,6 +13,7 @@ from tests.helpers import run_job
 PAGE = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_network_is_one_file(tiny):
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     namespace = {"__name__": "mlp"}

@@ -171,6 +171,7 @@ def shown_of(job, capsys, *args):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_report_measures_what_width_shows_once(job, capsys, monkeypatch):
     before = states(job.workdir / "runs")
     assert "measuring the loss" in shown_of(job, capsys)
@@ -191,6 +192,7 @@ def test_report_measures_what_width_shows_once(job, capsys, monkeypatch):
     assert (job.workdir / "width.png").is_file()
 
 
+@pytest.mark.slow
 def test_report_beside_a_running_job(job, capsys):
     """The runs that the figure needs are finished, another one is at work."""
     (job.workdir / "results.json").unlink()

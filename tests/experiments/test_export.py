@@ -36,6 +36,7 @@ def job(tiny_model, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_exported_network_is_the_averaged_one(job, capsys):
     assert __main__.main(["export", str(job.workdir)]) == 0
     out = job.workdir / "export"

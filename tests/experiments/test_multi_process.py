@@ -14,6 +14,8 @@ import pytest
 
 from experiments.data.splits import load_splits
 
+pytestmark = pytest.mark.processes
+
 TINY = [
     *("-m", "experiments", "digits"),
     *("--seeds", "1"),
@@ -132,6 +134,7 @@ def start_under_slurm(job, args, workdirs):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "strategy"), [(start_by_flags, "jit"), (start_under_slurm, "pmap")]
 )
@@ -213,6 +216,7 @@ def test_distributed_without_a_cluster_is_an_error(job):
     assert "Give --coordinator-address" in message
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_the_job_and_all_go_on(job, prepared, tmp_path):
     args = [*TINY, *prepared, "--epochs", "60", "--parallel", "jit", "--log-every", "1"]
     workdir = tmp_path / "run"

@@ -112,6 +112,7 @@ def test_parameters_statistics_and_logits_are_float32_under_bfloat16(
     assert "bf16" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SMALL[1:4], ids=NAMES[1:4])
 def test_training_mode_normalises_by_the_batch(model):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -143,6 +144,7 @@ def test_training_mode_normalises_by_the_batch(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SMALL[1:4], ids=NAMES[1:4])
 def test_batch_norm_pass_fits_every_network(model):
     """Of one batch, recomputed statistics are the ones training mode uses."""
@@ -187,6 +189,7 @@ def test_nnx_network_is_the_linen_one():
             )
 
 
+@pytest.mark.slow
 def test_vgg_drops_activations_in_training_only():
     model = WITHOUT_NORM
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
@@ -208,13 +211,14 @@ def transformer():
     tokens = np.random.default_rng(0).integers(0, 11, (3, 6), np.uint8)
     variables = jax.jit(lambda k, x: model.init(k, x, train=False))(KEY, tokens)
     # Away from the start, where residual layers hardly matter.
+    rng = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape),
-        variables,
+        lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), variables
     )
     return model, variables, tokens
 
 
+@pytest.mark.slow
 def test_transformer_sees_no_later_token(transformer):
     model, variables, tokens = transformer
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))
@@ -228,6 +232,7 @@ def test_transformer_sees_no_later_token(transformer):
         assert np.all(moved[position:] > 1e-4)
 
 
+@pytest.mark.slow
 def test_transformer_knows_positions_and_shorter_rows(transformer):
     model, variables, tokens = transformer
     logits = model.apply(variables, tokens, train=False)
@@ -277,6 +282,7 @@ def test_every_experiment_has_its_network(name):
     assert models.has_batch_norm(model) == (not without)
 
 
+@pytest.mark.slow
 def test_nnx_network_trains_to_the_end(tiny):
     """As a whole job, its BatchNorm pass included."""
     nnx = EXPERIMENTS["digits_nnx"].config

@@ -68,6 +68,7 @@ def test_strides_are_in_the_3x3_convolutions():
     assert strided == [(7, 7), *[(3, 3), (1, 1)] * 3]
 
 
+@pytest.mark.slow
 def test_blocks_start_as_the_identity_on_zero_scales():
     # The last norm of a block starts at 0, so that what is left is relu(x).
     model = ResNet((1, 0, 0, 0), data=Inputs((8, 8, 3), 2))

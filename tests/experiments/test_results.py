@@ -116,6 +116,7 @@ def test_row_collects_seeds():
     assert other.accuracy == []
 
 
+@pytest.mark.slow
 def test_results_hold_the_configuration_every_seed_and_their_origin(tiny):
     rows = run_job(tiny)
     found = json.loads((tiny.workdir / "results.json").read_text())

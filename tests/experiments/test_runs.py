@@ -68,6 +68,7 @@ def whole(tiny_fine_tune_model, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_runs_of_a_fine_tuning_job(whole):
     # 3 steps an epoch: the baseline has 4 epochs, its children 3 more.
     steps = {name: step for name, (step, _) in final_arrays(whole.workdir).items()}
@@ -126,6 +127,7 @@ def test_changed_settings_are_an_error_and_lose_nothing(whole):
     assert final_arrays(whole.workdir) == before
 
 
+@pytest.mark.slow
 def test_seeds_are_added_to_finished_ones(tiny, monkeypatch):
     one = override(tiny, seeds=1)
     train_and_evaluate(one, quiet())
@@ -196,6 +198,7 @@ def assert_resumed(events, expected, why=""):
         assert again[:1] in ([], [event["step"] + 1]), why
 
 
+@pytest.mark.slow
 def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = override(whole, workdir=tmp_path / "run")
     before, expected = 0, {}
@@ -358,6 +361,8 @@ def kill_and_finish(whole, config, splits, moments, why):
     return resumed
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_job_resumes_bit_for_bit(whole, tmp_path):
     """SIGKILL at random moments of a job whose arms start from one another."""
     rng = random.Random(0)
@@ -368,6 +373,8 @@ def test_killed_job_resumes_bit_for_bit(whole, tmp_path):
     kill_and_finish(whole, config, None, moments, f"{moments}")
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_average_resumes_bit_for_bit(side_by_side, tmp_path):
     """Once averaging has begun, at step 6, with randomness in every step."""
     whole, splits = side_by_side
@@ -380,6 +387,8 @@ def test_killed_average_resumes_bit_for_bit(side_by_side, tmp_path):
     assert resumed == {"swa5-seed0"}, why
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
@@ -403,6 +412,7 @@ def test_signal_saves_first(whole, tmp_path, monkeypatch, signum, status):
     assert_resumed(lines(config.workdir)[before:], expected)
 
 
+@pytest.mark.processes
 def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     config = override(whole, workdir=tmp_path / "run", log_every=1)
     with start(config, seconds=600) as process:
@@ -449,6 +459,7 @@ def spoilt_weights(state, metrics):
     return state._replace(params=spoilt), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "step", "spoil", "message", "last_good"),
     [

@@ -167,6 +167,7 @@ for step in range(5, 50, 5):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "metadata_bytes",
     # As under a quota, which the free bytes do not show.
@@ -207,6 +208,8 @@ with Store(pathlib.Path(sys.argv[1]), keep=2) as store:
 """
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     rng, last = np.random.default_rng(0), 0
     for _ in range(4):

@@ -57,6 +57,7 @@ def splits_read(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_tuning_never_reads_the_test_split(tiny, tiny_tuning, splits_read, monkeypatch):
     monkeypatch.setattr(tune, "MAX_EXTENSIONS", 0)
     chosen = tune.tune(tiny, tiny_tuning, quiet())
@@ -248,6 +249,7 @@ def test_text_is_judged_by_loss():
     assert tune.merit(scored_by, [better]) > tune.merit(scored_by, [worse])
 
 
+@pytest.mark.slow
 def test_fine_tuning_tunes_the_control_too(
     tiny_fine_tune, fine_tune_tuning, monkeypatch
 ):

@@ -100,6 +100,7 @@ def test_points_without_a_score_are_holes(measured, hole):
     assert_shows_both(plot_width(measured, "nothing but a hole"))
 
 
+@pytest.mark.slow
 def test_solutions_are_those_of_finished_runs(tiny, monkeypatch):
     config = override(tiny, seeds=1)
     run_job(config)

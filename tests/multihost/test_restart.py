@@ -25,6 +25,8 @@ from . import worker
 from .hosts import Hosts
 from .worker import GRADIENTS, SAMPLED, STEPS, Crash
 
+pytestmark = pytest.mark.processes
+
 #: Seconds for all runs together; on two idle cores they take about 30.
 TIMEOUT = 240
 CRASHES: tuple[Crash, ...] = ("between saves", "during a save", "after a save")

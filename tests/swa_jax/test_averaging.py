@@ -22,6 +22,9 @@ import swa_jax
 from ..compiled import assert_in_place, memory
 from .transformations import accumulate
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 U = 2.0**-24
 
 

@@ -24,6 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 import swa_jax
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 recompute = swa_jax.recompute_batch_stats
 
 
@@ -641,6 +644,7 @@ NARROW = ("haiku", "typed")  # what rounds the momentum to the statistics' dtype
 WITHIN = "sample_weighted"  # nothing here is a variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["flax", "lerp", "haiku", "typed"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_momenta_are_told_exactly_or_refused(form, dtype):
@@ -815,6 +819,7 @@ def live():
     return len(jax.live_arrays()), len(jax.devices()[0].client.live_executables())
 
 
+@pytest.mark.slow
 def test_nothing_outlives_the_calls():
     dead = []
 

@@ -26,6 +26,9 @@ from .transformations import (
     types,
 )
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 
 def model(seed: int = 0) -> dict:
     """Parameters, some of which divide by eight, and what is no weight."""

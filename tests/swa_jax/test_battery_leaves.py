@@ -24,6 +24,9 @@ from .transformations import (
     types,
 )
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 # Many models.
 
 

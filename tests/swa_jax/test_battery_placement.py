@@ -28,6 +28,9 @@ from .transformations import (
     types,
 )
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):

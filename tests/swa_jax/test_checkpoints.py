@@ -315,6 +315,7 @@ def test_wrong_arguments(tmp_path, arguments, options, error, message):
         swa_jax.average_checkpoints(paths, tmp_path / "out.safetensors", **options)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="a draft has a name there")
 @pytest.mark.parametrize("kind", ["file", "shards"])
 def test_killed_at_any_moment_it_leaves_no_trace(tmp_path, kind):

@@ -220,6 +220,8 @@ exec(compile(open(command.__file__).read(), command.__file__, "exec"))
 """
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_write_of_orbax(tmp_path, number, capsys):
     paths = []

@@ -24,6 +24,9 @@ from ..compiled import assert_in_place
 from .test_averaging import bits, types, weights
 from .transformations import accumulate
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 compensated_average = functools.partial(swa_jax.init_average, compensated=True)
 
 #: Half for the rounding of the mean, and half, at most, because the step leaves ``low``

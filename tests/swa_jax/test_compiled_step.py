@@ -13,6 +13,9 @@ import swa_jax
 from ..compiled import assert_in_place, bytes_per_device, memory
 from .transformations import accumulate, every_case, every_method, make_step, trees
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 
 def large() -> dict[str, jax.Array]:
     """1.3 MB of parameters: counters and scalars vanish beside them."""

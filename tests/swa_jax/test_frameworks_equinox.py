@@ -16,6 +16,9 @@ from swa_jax.frameworks import equinox as frameworks
 from .populations import BATCHES, assert_statistics, f64, population, two_layers
 from .transformations import every_method, gradient
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 EPS = 1e-5  # Equinox's default
 MODES = ("ema", "batch")
 
@@ -105,6 +108,7 @@ def assert_net(model, state):
     assert_statistics(read(model.norm_1, state), wanted[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "steps"), [("ema", 0), ("ema", 30), ("batch", 0), ("batch", 1)]
 )
@@ -227,6 +231,7 @@ class Scanned(eqx.Module):
         return x, state.update(sub)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_scan_over_layers(mode):
     model, state = make(Scanned, jax.random.key(0), mode)

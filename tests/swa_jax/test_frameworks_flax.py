@@ -24,6 +24,9 @@ from .populations import (
     two_layers,
 )
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 EPS = 1e-5  # Flax's default
 
 
@@ -119,6 +122,7 @@ def test_linen(remat, inputs):
     assert_net(swa_jax.recompute_batch_stats(fn, params, stats, batches), params)
 
 
+@pytest.mark.slow
 def test_linen_dropout():
     """With rate 0.5, keys are needed; those of a batch are its own."""
     net = Net(rate=0.5)

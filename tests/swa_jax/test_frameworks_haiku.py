@@ -109,6 +109,7 @@ def test_under_jit():
     assert_net(recomputed, params)
 
 
+@pytest.mark.slow
 def test_under_pmap():
     """Devices see halves of each batch, and normalise by the whole of it."""
     _, params, state, _ = make(0.99)

@@ -10,6 +10,9 @@ from swa_jax.frameworks import keras as frameworks
 
 from .populations import BATCHES, assert_statistics, f64, two_layers
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 EPS = 1e-3  # Keras's default
 X = np.concatenate(BATCHES)
 Y = np.random.default_rng(9).integers(0, 2, len(X))
@@ -262,6 +265,7 @@ def test_averages_of_fit(name):
     assert bits(model.trainable_variables) == [x.tobytes() for x in models[-1]]
 
 
+@pytest.mark.slow
 def test_validation_sees_the_average_and_training_is_not_disturbed():
     data = {"validation_data": (X, Y), "validation_batch_size": 64}
     plain, model = (
@@ -291,6 +295,7 @@ def test_validation_sees_the_average_and_training_is_not_disturbed():
     np.testing.assert_allclose(loss, result.history["val_loss"][-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_stats_of_the_average():
     history = History()
     averaging = frameworks.AverageWeights(

@@ -14,6 +14,9 @@ import swa_jax
 
 from .transformations import U
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 
 def average_of(models, average, *, read="avg_params"):
     """Of the leading axis, one compiled loop; and the state."""

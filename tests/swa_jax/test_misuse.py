@@ -32,6 +32,9 @@ from .transformations import (
     trees,
 )
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 # JAX at its strictest. (Rank promotion raises in all tests, see conftest.py.)
 
 
@@ -44,6 +47,7 @@ def strictest(jit):
         yield
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("jit", [False, True], ids=["disable_jit", "jit"])
 def test_under_the_strictest_settings(case, jit):
@@ -345,6 +349,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
 def test_traced_hyperparameters(name):
     make, value = TRACED[name]

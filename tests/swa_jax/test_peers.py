@@ -22,6 +22,9 @@ import pytest
 
 import swa_jax
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 U = 2.0**-24  # float32's unit roundoff
 
 

@@ -27,6 +27,9 @@ import swa_jax
 
 from ..compiled import assert_in_place, bytes_per_device, collectives
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 AXES = [AxisType.Auto, AxisType.Explicit]
 
 
@@ -653,6 +656,7 @@ def test_mesh_is_no_sharding(mesh):
         swa_jax.init_average(model(), sharding=mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])
 def test_sharding_inside_a_per_device_program_is_refused(how):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -21,6 +21,9 @@ from swa_jax._placement import _moves, stop_propagation
 
 from ..compiled import collectives
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 P = PartitionSpec
 WEIGHTS, ROWS, COLUMNS, BATCH = 3, 64, 16, 32
 
@@ -212,6 +215,7 @@ def test_passes_prng_keys_on():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_derivatives(jit):
     f = jax.jit(squared) if jit else squared

@@ -18,6 +18,9 @@ import swa_jax
 
 from .test_transform import PARAMS, bits, follow
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 # Where the state is found.
 
 
@@ -223,6 +226,7 @@ def run(tx, params, steps=6, get=lambda params: params):
     return history, opt_state, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["schedule_free", "mechanize", "lookahead"])
 def test_wrappers_that_rewrite_updates(wrapper):
     params, get = {"w": jnp.array([1.0, -2.0])}, lambda params: params
@@ -536,6 +540,7 @@ def go_on(tx, params, opt_state, steps):
     return params, opt_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [None, "multi_steps", "masked", "named", "inject"])
 def test_swa_joins_a_run_under_way(wrap):
     """Six updates without, six with it: the bits of a run that had it throughout."""

@@ -23,6 +23,9 @@ from hypothesis import strategies as st
 import swa_jax
 from swa_jax import SWA, Event, TrainingState
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 U = 2.0**-24  # float32's unit roundoff
 
 
@@ -208,6 +211,7 @@ def loop_run(
 rates_of = st.floats(2**-10, 1.0, width=32)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     epochs=st.integers(1, 8),
@@ -276,6 +280,7 @@ def test_time_strings_of_the_issue():
         np.testing.assert_array_equal(state.params["w"], [9.0, 9.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_windows_by_brute_force(data):

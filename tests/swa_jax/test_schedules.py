@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 import swa_jax
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 RATES = st.floats(2.0**-13, 1.0, width=32)
 CURVES = {"linear": lambda x: x, "cos": lambda x: (1 - np.cos(np.pi * x)) / 2}
 
@@ -29,6 +32,7 @@ def assert_schedule(schedule, expected, steps, scale):
     np.testing.assert_allclose(evaluate(schedule, steps), want, atol=1e-6 * scale)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(top=RATES, low=RATES, length=st.integers(0, 300), data=st.data())
 def test_cosine_to_constant_follows_its_formula(top, low, length, data):
@@ -87,6 +91,7 @@ def test_boundaries_are_exact(swa_lr):
             assert rates[1] != want, name
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     low=RATES,
@@ -129,6 +134,7 @@ def test_swa_schedule_jumps_when_it_takes_no_steps():
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(top=RATES, low=RATES, start=st.integers(0, 200))
 def test_linear_to_constant_follows_the_original_repository(top, low, start):
@@ -144,6 +150,7 @@ def test_linear_to_constant_follows_the_original_repository(top, low, start):
     assert_schedule(schedule, expected, range(start + 10), max(top, low))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(top=RATES, low=RATES, cycle=st.integers(1, 30))
 def test_cyclic_follows_the_paper(top, low, cycle):

@@ -15,6 +15,9 @@ import swa_jax
 
 from .transformations import U, half_ulp
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 WEIGHTS = {
     "positive": [0.1, 2.0, 0.7, 1.2, 3.0],
     "negative": [-0.4, 1.0, -0.3, 0.5, 0.7],
@@ -108,6 +111,7 @@ def test_leaves_that_are_not_averaged(weights):
     assert found["key"] == jax.random.key(6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, [1.0] * 6, [1, -1, 1, -1, 1, 1]], ids=str)
 def test_soup_keeps_one_model_in_memory(weights):
     made: list = []

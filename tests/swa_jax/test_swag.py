@@ -14,6 +14,9 @@ import swa_jax
 
 from .transformations import U, bits
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 SAMPLES = 40_000
 #: Standard errors: of 30 numbers one in 10^5 runs is further away.
 SIGMAS = 5.0
@@ -119,6 +122,7 @@ def test_a_scale_of_0_is_the_mean_and_a_key_repeats():
     )
 
 
+@pytest.mark.slow
 def test_leaves_of_every_kind():
     def model(t):
         return {

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 import swa_jax
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 U = 2.0**-24
 STEPS = 24  # long enough for several periods of every schedule drawn below
 

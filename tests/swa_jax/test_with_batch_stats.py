@@ -16,6 +16,9 @@ import swa_jax
 from ..compiled import assert_in_place
 from .transformations import METHODS, OPTIONS, Case, bits, trees
 
+#: The default run takes two cases of each test here, see conftest.py.
+pytestmark = pytest.mark.sample(2)
+
 ALONG = [name for name in METHODS if name != "swag"]
 PARAMS = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.zeros(3)}
 STATS = {"mean": jnp.zeros(3), "count": jnp.int32(0)}
