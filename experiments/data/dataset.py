@@ -15,6 +15,7 @@ import numpy as np
 from experiments.runtime.checks import (
     AT_LEAST_1,
     NOT_NEGATIVE,
+    SHARE,
     check,
     check_settings,
 )
@@ -51,6 +52,9 @@ class DataSet:
     """Keep the validation split out of training. Without it, training has those
     examples as well, as published results do; tuning holds them out all the same."""
 
+    validation_examples: int | None = None
+    """Validate on a fixed subset of this many examples. None: all of them."""
+
     batch_size: int
     """Examples in a training batch."""
 
@@ -72,6 +76,11 @@ class DataSet:
     def __post_init__(self) -> None:
         """Reject settings that cannot run, naming the setting and the rule."""
         check_settings(self, AT_LEAST_1, "batch_size", "eval_batch_size")
+        check(
+            self.validation_examples is None or self.validation_examples >= 1,
+            f"validation_examples is {self.validation_examples}; it must be at least 1."
+            " Leave the option out to validate on all of them.",
+        )
         check(
             self.train_examples is None or self.train_examples >= 2,
             f"train_examples is {self.train_examples}; BatchNorm needs at least 2"
@@ -111,7 +120,20 @@ class Images(DataSet):
     """MixUp: train on pairs of images, mixed by a Beta(alpha, alpha) draw. 0: do not.
     """
 
+    label_noise: float = 0.0
+    """Share of the training labels that are drawn anew, uniformly from all classes: the
+    same ones for every seed."""
+
+    noisy_validation: bool = False
+    """Draw as many labels of the validation split anew. The test split stays clean."""
+
     def __post_init__(self) -> None:
         """Reject settings that cannot run."""
         super().__post_init__()
         check_settings(self, NOT_NEGATIVE, "max_shift", "mixup_alpha")
+        check_settings(self, SHARE, "label_noise")
+        check(
+            not (self.stored and self.label_noise),
+            f"label_noise is {self.label_noise}; it must be 0 for examples that are"
+            " read from files while training goes on.",
+        )

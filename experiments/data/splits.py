@@ -23,6 +23,7 @@ from experiments.data.dataset import DataSet, Examples, Images
 from experiments.runtime import processes
 from experiments.runtime.errors import DataError
 
+_NOISE_SEED = 1806
 _READ_BLOCK = 1000  # examples that a reader thread decodes at a time
 
 
@@ -143,23 +144,43 @@ def load_splits(
         builder, splits = dataset.prepare()
     if not (dataset.hold_out if hold_out is None else hold_out):
         splits = {**splits, "train": f"{splits['train']}+{splits['validation']}"}
+    wanted = {
+        "train": dataset.train_examples,
+        "validation": dataset.validation_examples,
+    }
     return {
-        name: _load(
-            dataset,
-            builder,
-            splits[name],
-            dataset.train_examples if name == "train" else None,
+        name: _with_noise(
+            dataset, name, _load(dataset, builder, splits[name], name, wanted.get(name))
         )
         for name in names
     }
 
 
-def _load(dataset: DataSet, builder: Any, tfds_split: str, wanted: int | None) -> Split:
+def _with_noise(dataset: DataSet, name: str, split: Split) -> Split:
+    """The split with as many labels drawn anew as the data set's settings say."""
+    if not isinstance(dataset, Images) or not dataset.label_noise:
+        return split
+    if name != "train" and not (name == "validation" and dataset.noisy_validation):
+        return split
+    assert isinstance(split, MemorySplit)  # a check of the settings
+    share = dataset.label_noise
+    inputs, labels = split.examples
+    rng = np.random.default_rng((_NOISE_SEED, len(name)))
+    drawn = rng.permutation(len(labels))[: round(share * len(labels))]
+    labels = labels.copy()
+    labels[drawn] = rng.integers(0, dataset.inputs.num_classes, len(drawn))
+    source = f"{split.source}, {share:.0%} of the labels drawn anew"
+    return MemorySplit(Examples(inputs, labels), source)
+
+
+def _load(
+    dataset: DataSet, builder: Any, tfds_split: str, name: str, wanted: int | None
+) -> Split:
     source = builder.info.full_name
     if dataset.stored:
         undecoded = {"image": tfds.decode.SkipDecoding()}
         rows = builder.as_data_source(tfds_split, decoders=undecoded)
-        size = _limited(dataset, wanted, len(rows))
+        size = _limited(dataset, name, wanted, len(rows))
         return StoredSplit(rows, size, dataset.inputs.shape[0], source)
     rows = builder.as_data_source(tfds_split)
     # A row may become many examples: they can be counted only once they are read.
@@ -167,16 +188,16 @@ def _load(dataset: DataSet, builder: Any, tfds_split: str, wanted: int | None) -
         _Blocks(rows, min(wanted or len(rows), len(rows)), dataset)
     ).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     inputs, labels = map(np.concatenate, zip(*blocks, strict=True))
-    size = _limited(dataset, wanted, len(labels))
+    size = _limited(dataset, name, wanted, len(labels))
     return MemorySplit(Examples(inputs[:size], labels[:size]), source)
 
 
-def _limited(dataset: DataSet, wanted: int | None, size: int) -> int:
+def _limited(dataset: DataSet, name: str, wanted: int | None, size: int) -> int:
     if wanted is None:
         return size
     if wanted > size:
         raise DataError(
-            f"train_examples is {wanted}; the train split of"
+            f"{name}_examples is {wanted}; the {name} split of"
             f" {type(dataset).__name__} has {size}. Ask for at most that many."
         )
     return wanted

@@ -1,13 +1,14 @@
 """tensorflow-datasets: its own data sets, and ours in its files, without TensorFlow."""
 
 import contextlib
+import fcntl
 import functools
 import io
 import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -28,6 +29,18 @@ def notice(text: str) -> None:
     """Tell what takes a while, before it does."""
     if processes.is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _alone(data_dir: pathlib.Path | None) -> Iterator[None]:
+    """Wait until no other job on this machine prepares data there: tfds does not."""
+    with contextlib.ExitStack() as stack:
+        # Prepared data may lie where nobody writes, or on a disk without locks.
+        with contextlib.suppress(OSError):
+            where = directory(data_dir)
+            where.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((where / ".lock").open("a")), fcntl.LOCK_EX)
+        yield
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -56,10 +69,11 @@ def stock(
     """
     where = directory(data_dir)
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        if not builder.is_prepared():  # without a network that takes minutes to fail
-            notice(f"downloading {name} to {where}, and preparing it there")
-        return prepare(builder)
+        with _alone(data_dir):
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            if not builder.is_prepared():  # without a network it takes minutes to fail
+                notice(f"downloading {name} to {where}, and preparing it there")
+            return prepare(builder)
     except Exception as error:  # tfds raises many kinds: network, TensorFlow, disk
         option = f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
         raise DataUnavailableError(
@@ -122,12 +136,13 @@ def own(
     config = {}
     if variant is not None:
         config["config"] = tfds.core.BuilderConfig(name=variant, version=_Own.VERSION)
-    return prepare(
-        _own_class(name)(
-            source=source,
-            features=tensors,
-            data_dir=data_dir,
-            file_format="array_record",
-            **config,
+    with _alone(data_dir):  # the builder looks for prepared data when it is made
+        return prepare(
+            _own_class(name)(
+                source=source,
+                features=tensors,
+                data_dir=data_dir,
+                file_format="array_record",
+                **config,
+            )
         )
-    )

@@ -104,7 +104,9 @@ def _run_all(
 ) -> None:
     """Do the runs that have no scores yet; then measure what width.png shows."""
     directory = config.directory
-    splits = load_splits(config.data, ("train", "test"))
+    validated = any(r.stopped_early for arm in plan for r in arm.readouts)
+    names = ("train", *("validation",) * validated, "test")
+    splits = load_splits(config.data, names)
     sizes = ", ".join(f"{s.num_examples:,} {name}" for name, s in splits.items())
     console.print(f"{config.name}: {sizes} examples of {splits['train'].source}")
     trainer = Trainer(config, splits)

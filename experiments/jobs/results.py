@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments.jobs.run import Score
-from experiments.training.plans import Plan, Weights
+from experiments.training.plans import ABLATIONS, Plan, Weights
 
 
 @dataclasses.dataclass
@@ -18,19 +18,22 @@ class Row:
     """
 
     label: str
-    method: str  # "sgd", whatever the optimizer of plain training, or "swa"
+    method: str  # as in `Readout`
     arm: str
     epoch: int  # at whose end the weights were scored
     weights: Weights
     accuracy: list[float] = dataclasses.field(default_factory=list)
     loss: list[float] = dataclasses.field(default_factory=list)
     train_loss: list[float] = dataclasses.field(default_factory=list)
+    ece: list[float] = dataclasses.field(default_factory=list)  # empty: not measured
 
     def add(self, score: Score) -> None:
         """Append the next seed's scores."""
         self.accuracy.append(score.accuracy)
         self.loss.append(score.loss)
         self.train_loss.append(score.train_loss)
+        if score.ece is not None:
+            self.ece.append(score.ece)
 
 
 class Comparison(NamedTuple):
@@ -63,7 +66,8 @@ def compare(rows: Sequence[Row], plan: Plan) -> list[Comparison]:
     return [
         _test(row, other)
         for row, other in itertools.product(rows, rows)
-        if row.weights == "average" and other.method == "sgd"
+        if row.method != "sgd" and row.weights not in ABLATIONS
+        if other.method == "sgd"
         if other.epoch == row.epoch or other.arm == plan[row.arm].parent
         if len(row.accuracy) > 1
     ]

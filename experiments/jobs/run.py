@@ -21,7 +21,12 @@ from experiments.runtime.store import Store
 from experiments.runtime.workdir import Run, Workdir
 from experiments.training.loop import EpochReport, Hooks, Snapshot, train
 from experiments.training.plans import Arm, Weights
-from experiments.training.scoring import Scorer, averaged_variables
+from experiments.training.scoring import (
+    Evaluation,
+    Network,
+    Scorer,
+    averaged_variables,
+)
 from experiments.training.step import CompiledArm, TrainState
 
 # Training examples behind `train_loss`: enough to tell whether a network overfits.
@@ -34,6 +39,10 @@ class Score(NamedTuple):
     accuracy: float  # on the test split, fraction in [0, 1]
     loss: float  # on the test split, in nats
     train_loss: float  # on the first training examples, not augmented, in nats
+    ece: float | None = None  # on the test split; None in files of earlier versions
+    # Where the weights were best on the validation split; None where they are the last.
+    validation: float | None = None  # their accuracy there
+    epoch: int | None = None
 
 
 class Finished(NamedTuple):
@@ -142,27 +151,48 @@ class _RunHooks(Hooks):
         arm, scorer = self._compiled.arm, self._outputs.scorer
         if arm.averages_at(epoch):
             self._log_average(epoch, step, state)
-        readouts = [r for r in arm.readouts if r.epoch == epoch]
+        self._stop_early(epoch, state)
+        readouts = [r for r in arm.readouts if r.epoch == epoch and not r.stopped_early]
         wanted: list[Weights] = [r.weights for r in readouts]
         if self._seed == 0:  # for the curves
             wanted += ["iterate"]
             wanted += ["average"] if arm.averages_at(epoch) else []
         for weights in dict.fromkeys(wanted):
-            network = scorer.network(state, weights)
-            score = scorer.score(network, "test")
+            networks = scorer.networks(arm, state, weights)
+            score = scorer.score(networks, "test")
             if weights in ("iterate", "average"):
                 self._write("test", epoch=epoch, weights=weights, **score._asdict())
             for readout in readouts:
                 if readout.weights == weights:
-                    train = scorer.score(network, "train", TRAIN_SCORE_EXAMPLES)
-                    self.scores[readout.label] = Score(*score, train.loss)
+                    self.scores[readout.label] = self._score(networks, score)
+
+    def _score(self, networks: list[Network], test: Evaluation) -> Score:
+        scorer = self._outputs.scorer
+        train = scorer.score(networks, "train", TRAIN_SCORE_EXAMPLES)
+        return Score(test.accuracy, test.loss, train.loss, test.ece)
+
+    def _stop_early(self, epoch: int, state: TrainState) -> None:
+        """Keep the scores of the epoch that is best on the validation split so far."""
+        scorer = self._outputs.scorer
+        for readout in self._compiled.arm.readouts:
+            if not readout.stopped_early:
+                continue
+            weights, best = readout.weights, self.scores.get(readout.label)
+            networks = scorer.networks(self._compiled.arm, state, weights)
+            found = scorer.score(networks, "validation")
+            values = found._asdict()
+            self._write("validation", epoch=epoch, weights=weights, **values)
+            if best is None or found.accuracy > (best.validation or 0.0):
+                score = self._score(networks, scorer.score(networks, "test"))
+                kept = score._replace(validation=found.accuracy, epoch=epoch)
+                self.scores[readout.label] = kept
 
     def _log_average(self, epoch: int, step: int, state: TrainState) -> None:
         params, _ = averaged_variables(state)
         squares = jax.tree.map(
             lambda a, w: jnp.sum(jnp.square(a - w)), params, state.params
         )
-        models = swa_jax.models_in_average(state.opt_state)
+        models = swa_jax.models_in_average(state.opt_state, swa_jax.SWAState)
         self._write(
             "average",
             epoch=epoch,

@@ -17,7 +17,7 @@ _RATES = ("learning_rate", "weight_decay", "swa_lr", "control_lr")
 # Settings in which an earlier tuning may differ for its trials to count. Those that a
 # trial varies are in the trial; the grids say only which trials there are; and tuning
 # holds out in any case.
-_FREE = FREE | {*_RATES, *(f"tune_{rate}s" for rate in _RATES), "hold_out"}
+_FREE = FREE | {*_RATES, *(f"tune_{rate}s" for rate in _RATES), "hold_out", "peaks"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Record:
         known = {t.label: t for t in self._earlier if t.setting == setting}
         return [known[n] for n in labels] if known.keys() >= set(labels) else None
 
-    def write(self, trials: list[Trial], chosen: dict[str, float] | None) -> None:
+    def write(self, trials: list[Trial], chosen: dict[str, Any] | None) -> None:
         """Write these trials, and after them earlier ones that are not among them."""
         done = {trial.setting for trial in trials}
         others = [trial for trial in self._earlier if trial.setting not in done]

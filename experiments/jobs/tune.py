@@ -21,13 +21,13 @@ from experiments.jobs.main import Trainer
 from experiments.jobs.trials import Record, Setting, Trial
 from experiments.runtime.tables import mean_and_std
 from experiments.training.loop import Hooks, train
-from experiments.training.plans import Arm, Weights
+from experiments.training.plans import Arm, Readout, Weights
 from experiments.training.scoring import Evaluation, Scorer
 from experiments.training.step import TrainState
 
 # A grid whose best value is at an edge grows, this often at most.
 MAX_EXTENSIONS = 4
-DIVERGED = Evaluation(0.0, math.inf)  # never the best
+DIVERGED = Evaluation(0.0, math.inf, 1.0)  # never the best
 TITLES = ("", "lr", "weight decay", "swa_lr", "control_lr", "accuracy (%)", "loss")
 
 Merit = tuple[float, float]  # larger is better
@@ -81,23 +81,28 @@ class _Validator(Hooks):
         self.scores: dict[str, Evaluation] = {}
 
     def on_epoch_end(self, epoch: int, step: int, state: TrainState) -> None:
-        for readout in self._arm.readouts:
+        known: dict[Weights, Evaluation] = {}
+        for readout in _tuned(self._arm):
             weights = readout.weights
-            if readout.epoch != epoch or weights != _tuned_weights(self._arm):
+            if readout.epoch != epoch and not readout.stopped_early:
                 continue
-            network = self._scorer.network(state, weights)
-            score = self._scorer.score(network, "validation")
+            if weights not in known:
+                networks = self._scorer.networks(self._arm, state, weights)
+                known[weights] = self._scorer.score(networks, "validation")
+            score = known[weights]
             if not math.isfinite(score.loss):  # NaN would be the best or not by chance
                 raise FloatingPointError(f"validation loss is {score.loss}")
-            self.scores[readout.label] = score
+            best = self.scores.get(readout.label, DIVERGED)
+            if not readout.stopped_early or score.accuracy > best.accuracy:
+                self.scores[readout.label] = score
 
 
-def _tuned_weights(arm: Arm) -> Weights:
-    return "average" if arm.averages else "iterate"
+def _tuned(arm: Arm) -> list[Readout]:
+    return [readout for readout in arm.readouts if readout.weights in arm.tuned_by]
 
 
 def _tuned_labels(arm: Arm) -> list[str]:
-    return [r.label for r in arm.readouts if r.weights == _tuned_weights(arm)]
+    return [readout.label for readout in _tuned(arm)]
 
 
 def _setting(config: Config, arm: Arm) -> Setting:
@@ -135,7 +140,10 @@ class _Tuner:
         trainer, plan = Trainer(config, self._trainer.splits), config.plan
         trials = []
         for name in names:
-            trials += self._run_arm(trainer, plan[name], plan.parent(plan[name]))
+            arm = plan[name]
+            found = self._run_arm(trainer, arm, plan.parent(arm))
+            early = {r.label for r in arm.readouts if r.stopped_early}
+            trials += [trial for trial in found if trial.label not in early]
         return merit(config.data.scored_by, trials)
 
     def _run_arm(self, trainer: Trainer, arm: Arm, parent: Arm | None) -> list[Trial]:
@@ -197,12 +205,14 @@ class _Tuner:
             ),
         )
 
-    def choose(self) -> dict[str, float]:
+    def choose(self) -> dict[str, Any]:
         """Search every setting in turn; return the best ones."""
         best = self.plain()
-        chosen = {**best, "swa_lr": self.swa(best)}
+        chosen: dict[str, Any] = {**best, "swa_lr": self.swa(best)}
         if hasattr(self._trainer.config.protocol, "control_lr"):
             chosen["control_lr"] = self.control(best)
+        if hasattr(self._trainer.config.protocol, "peaks"):
+            chosen["peaks"] = self.peaks(best)
         return chosen
 
     def plain(self) -> dict[str, float]:
@@ -231,6 +241,20 @@ class _Tuner:
             "swa_lr", lambda rate: self.run(self._averaging, **best, swa_lr=rate), 2
         )
 
+    def peaks(self, best: dict[str, float]) -> tuple[float, ...]:
+        """Best peak rate of each budget's plain arm, with the best weight decay."""
+
+        def best_peak(name: str) -> float:
+            return self._search(
+                "learning_rate",
+                lambda rate: self.run([name], **{**best, "learning_rate": rate}),
+                2,
+                f" of {name}",
+            )
+
+        plan = self._trainer.config.plan
+        return tuple(best_peak(arm.name) for arm in plan if arm.name.startswith("sgd"))
+
     def control(self, best: dict[str, float]) -> float:
         """Best rate of training on without averaging."""
         return self._search(
@@ -254,7 +278,7 @@ def _cells(trial: Trial) -> tuple[str, ...]:
 
 def tune(
     config: Config, tuning: Tuning, console: rich.console.Console
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Tune all arms on the validation split; write tuning.json, a trial at a time.
 
     First the plain arm's peak learning rate with each weight decay, at the whole
@@ -263,8 +287,8 @@ def tune(
     own, plain training two. The test split is never read.
 
     Returns:
-        The chosen learning_rate, weight_decay, swa_lr and, when fine-tuning,
-        control_lr.
+        The chosen learning_rate, weight_decay, swa_lr and, where the protocol has them,
+        control_lr and peaks.
 
     Raises:
         DataUnavailableError: The data set cannot be had, or not as asked for.

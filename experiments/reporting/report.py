@@ -17,7 +17,9 @@ from experiments.data.splits import load_splits
 from experiments.jobs.main import Trainer
 from experiments.jobs.run import finished
 from experiments.jobs.width import measure_width
+from experiments.reporting.budgets import plot_budgets
 from experiments.reporting.curves import plot_curves
+from experiments.reporting.scores import plot_scores
 from experiments.reporting.tables import Results, make_markdown, make_tables
 from experiments.reporting.width import plot_width, read_width
 from experiments.runtime import processes
@@ -45,8 +47,12 @@ def _draw(directory: Workdir, log: ParsedLog) -> list[str]:
     written = [directory.curves]
     write_atomic(directory.curves, plot_curves(log))
     if directory.results.is_file():
-        markdown = make_markdown(Results.read(directory))
-        write_atomic(directory.markdown, markdown.encode())
+        results = Results.read(directory)
+        write_atomic(directory.markdown, make_markdown(results).encode())
+        one_for_all = "read_at" in log.config
+        path = directory.budgets_figure if one_for_all else directory.scores_figure
+        write_atomic(path, (plot_budgets if one_for_all else plot_scores)(results))
+        written.append(path)
     width = read_width(directory.width)
     if width is not None:
         figure = plot_width(width, log.config["name"])

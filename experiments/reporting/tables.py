@@ -10,7 +10,7 @@ from experiments.jobs.results import Comparison, Row
 from experiments.runtime.tables import mean_and_std
 from experiments.runtime.workdir import Workdir
 
-TITLES = ("method", "accuracy (%)", "loss", "train loss")
+TITLES = ("method", "accuracy (%)", "loss", "train loss", "ECE (%)")
 COMPARISON_TITLES = ("average", "against", "accuracy (points)", "loss (nats)")
 
 
@@ -33,16 +33,18 @@ class Results(NamedTuple):
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Label, accuracy in percent, loss and training loss of each row, as text."""
-    return [
+    """The columns of `TITLES` as text; the last one only where all rows have it."""
+    cells: list[tuple[str, ...]] = [
         (
             row.label,
             mean_and_std([100 * value for value in row.accuracy], 2),
             mean_and_std(row.loss, 4),
             mean_and_std(row.train_loss, 4),
+            mean_and_std([100 * value for value in row.ece], 2) if row.ece else "",
         )
         for row in rows
     ]
+    return cells if all(row.ece for row in rows) else [c[:-1] for c in cells]
 
 
 def comparison_cells(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
@@ -64,12 +66,12 @@ def _p(value: float) -> str:
 
 def make_tables(results: Results) -> list[rich.table.Table]:
     """The results as tables for the terminal."""
-    seeds = len(results.rows[0].accuracy)
+    seeds, cells = len(results.rows[0].accuracy), table_cells(results.rows)
     scores = _table(
         f"{results.name}: test split, mean ± sample std of {seeds}"
         f" seed{'s' * (seeds > 1)}",
-        TITLES,
-        table_cells(results.rows),
+        TITLES[: len(cells[0])],
+        cells,
     )
     if not results.comparisons:
         return [scores]
@@ -92,9 +94,11 @@ def _table(
 
 def make_markdown(results: Results) -> str:
     """The same tables in Markdown."""
-    lines = ["| Method | Test accuracy (%) | Test loss | Train loss |"]
-    lines += ["|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in table_cells(results.rows)]
+    scores = table_cells(results.rows)
+    titles = ("Method", "Test accuracy (%)", "Test loss", "Train loss", "ECE (%)")
+    lines = [f"| {' | '.join(titles[: len(scores[0])])} |"]
+    lines += [f"|---|{'---:|' * (len(scores[0]) - 1)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in scores]
     if results.comparisons:
         cells = comparison_cells(results.comparisons)
         lines += ["", "| Average | Against | Accuracy (points) | Loss (nats) |"]

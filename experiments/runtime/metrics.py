@@ -45,15 +45,15 @@ class Log:
         if self._file is None:
             return
         print(json.dumps({"event": event, **values}), file=self._file, flush=True)
-        if event in ("step", "train", "average", "test"):
+        if event in ("step", "train", "average", "validation", "test"):
             self._write_scalars(event, dict(values))
 
     def _write_scalars(self, event: str, values: Line) -> None:
         run = values.pop("arm"), values.pop("seed")
         epoch = values.pop("epoch", None)
-        if event == "test":
+        if event in ("validation", "test"):
             # An epoch's test may come before its training means: both end there.
-            step, place = epoch, f"test/{values.pop('weights')}"
+            step, place = epoch, f"{event}/{values.pop('weights')}"
         else:
             step, place = values.pop("step"), event
         name = f"{run[0]}-seed{run[1]}"

@@ -50,6 +50,8 @@ class Workdir:
         self.curves = path / "curves.png"
         self.width = path / "width.json"
         self.width_figure = path / "width.png"
+        self.scores_figure = path / "scores.png"
+        self.budgets_figure = path / "budgets.png"
         self.tuning = path / "tuning.json"
         self.tensorboard = path / "tensorboard"
         self.export = path / "export"

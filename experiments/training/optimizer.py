@@ -49,9 +49,9 @@ class Optimizer:
 def make_optimizer(
     settings: Optimizer, arm: Arm, steps: int, batch_stats: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The arm's optimizer; where it averages, averaging is the last link.
+    """The arm's optimizer; where it averages, averages are the last links.
 
-    It averages the statistics of BatchNorm along, which cost next to nothing.
+    SWA averages the statistics of BatchNorm along, which cost next to nothing.
 
     Update number t, counted from 1, ends the arm's epoch t / steps, so its first sample
     is the first averaged epoch's number, counted from the arm's own start, times
@@ -75,4 +75,7 @@ def make_optimizer(
         first = arm.averages_from - arm.first_epoch
         average = swa_jax.swa(start_step=first * steps, period=steps)
         links.append(swa_jax.with_batch_stats(average, batch_stats))
+        others = [(each.name, each.make(first * steps, steps)) for each in arm.others]
+        if others:
+            return optax.named_chain(("optimizer", optax.chain(*links)), *others)
     return optax.chain(*links)

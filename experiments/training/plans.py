@@ -2,28 +2,32 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-Weights = Literal[
-    "iterate",
-    "average",
-    "average, statistics averaged along",
-    "average, no BatchNorm pass",
-]
+from experiments.training.averages import Average
+
+# Which weights of a state: "iterate", "average" (SWA's), one of `ABLATIONS`, or another
+# average of the arm by its name.
+Weights = str
+ALONG = "average, statistics averaged along"
+WITHOUT_PASS = "average, no BatchNorm pass"
+ABLATIONS = ALONG, WITHOUT_PASS
 
 
 class Readout(NamedTuple):
     """A line of the results: which weights are scored when."""
 
     label: str
-    method: Literal["sgd", "swa"]
+    method: str  # "sgd", whatever the optimizer, "swa", or the kind of another average
     epoch: int  # at whose end
     weights: Weights
+    # Of the epoch until then whose weights were best on the validation split.
+    stopped_early: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Arm:
     schedule: Callable[[int], optax.Schedule]
     readouts: tuple[Readout, ...]
     averages_from: int | None = None  # first epoch whose end is averaged
+    others: tuple[Average, ...] = ()  # averages beside SWA's
+    tuned_by: tuple[Weights, ...] = ("iterate",)  # whose scores choose its rate
     parent: str | None = None  # arm whose final weights it starts from
     first_epoch: int = 0  # epochs that the parent trained
 

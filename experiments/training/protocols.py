@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import optax
@@ -13,8 +14,9 @@ from experiments.runtime.checks import (
     check,
     check_settings,
 )
+from experiments.training.averages import Average, check_averages, parse
 from experiments.training.optimizer import Optimizer
-from experiments.training.plans import Arm, Plan, Readout, Weights
+from experiments.training.plans import ABLATIONS, Arm, Plan, Readout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,18 +76,30 @@ class Windows(Protocol):
 class SideBySide(Windows):
     """Plain training and an arm for each window, from scratch, equally long."""
 
+    averages: tuple[str, ...] = ()
+    """Other averages of the arm with the longest window, at no further training:
+    ema:DECAY, power:SIGMA_REL (both of every step), lawa:EPOCHS, swag:SAMPLES."""
+
+    early_stopping: bool = False
+    """Score plain training also where its validation accuracy was best."""
+
     def __post_init__(self) -> None:
         """Reject settings that cannot run."""
         super().__post_init__()
         self._check_windows(self.epochs - 1)
+        check_averages(self.averages)
 
     def plan(self, optimizer: Optimizer, batch_norm: bool) -> Plan:
         """Plain training first, then from the shortest window."""
         windows = sorted(self.swa_epochs)
 
         def averaged(window: int) -> Arm:
-            label = f"SWA, last {_plural(window)}"
+            label = f"SWA, last {plural(window)}"
             readouts = _average_readouts({self.epochs: label}, batch_norm)
+            others = tuple(map(parse, self.averages))
+            if others:
+                readouts += (iterate(f"last iterate ({self.swa_lr:g})", self.epochs),)
+            is_longest = window == windows[-1]
             return Arm(
                 name=f"swa{window}",
                 label=label,
@@ -96,11 +110,20 @@ class SideBySide(Windows):
                     decay_steps=(self.epochs - window) * steps,
                 ),
                 # Of the ablation without BatchNorm pass, the longest window's will do.
-                readouts=readouts if window == windows[-1] else readouts[:1],
+                readouts=(*readouts, *other_readouts(others, self.epochs))
+                if is_longest
+                else readouts[:1],
                 averages_from=self.epochs - window + 1,
+                tuned_by=("average",),
+                others=others if is_longest else (),
             )
 
-        plain = _plain(optimizer, "sgd", optimizer.title, self.epochs)
+        plain = plain_arm(optimizer, "sgd", optimizer.title, self.epochs)
+        if self.early_stopping:
+            (last,) = plain.readouts
+            label = f"{last.label}, stopped early"
+            stopped = last._replace(label=label, stopped_early=True)
+            plain = dataclasses.replace(plain, readouts=(last, stopped))
         return Plan((plain, *map(averaged, windows)))
 
 
@@ -138,9 +161,10 @@ class FineTune(Windows):
             schedule=lambda _: optax.constant_schedule(self.swa_lr),
             readouts=(
                 *_average_readouts(averages, batch_norm),
-                _iterate(f"SWA's last iterate ({self.swa_lr:g})", last),
+                iterate(f"SWA's last iterate ({self.swa_lr:g})", last),
             ),
             averages_from=start + 1,
+            tuned_by=("average",),
             **child,
         )
         control = Arm(
@@ -148,14 +172,14 @@ class FineTune(Windows):
             label=f"control at {self.control_lr:g}",
             schedule=lambda _: optax.constant_schedule(self.control_lr),
             readouts=tuple(
-                _iterate(f"control, {_more(n)} ({self.control_lr:g})", start + n)
+                iterate(f"control, {_more(n)} ({self.control_lr:g})", start + n)
                 for n in windows
             ),
             **child,
         )
-        baseline = _plain(optimizer, "converged", f"{sgd}, {_plural(start)}", start)
+        baseline = plain_arm(optimizer, "converged", f"{sgd}, {plural(start)}", start)
         budgets = (
-            _plain(optimizer, f"sgd{n}", f"{sgd}, {_plural(n)}", n)
+            plain_arm(optimizer, f"sgd{n}", f"{sgd}, {plural(n)}", n)
             for n in (start + window for window in windows)
         )
         return Plan((baseline, swa, control, *budgets))
@@ -207,7 +231,7 @@ class Budgets(Protocol):
                 schedule=lambda steps: swa_jax.linear_to_constant_schedule(
                     peak, 0.01 * peak, epochs * steps
                 ),
-                readouts=(_iterate(label, epochs),),
+                readouts=(iterate(label, epochs),),
             )
 
         labels = {epochs: title("SWA", budget) for budget, epochs in ends.items()}
@@ -220,40 +244,47 @@ class Budgets(Protocol):
             ),
             readouts=_average_readouts(labels, batch_norm),
             averages_from=self.swa_start,
+            tuned_by=("average",),
         )
         return Plan((*(plain(*end) for end in ends.items()), swa))
 
 
-def _plural(epochs: int) -> str:
+def plural(epochs: int) -> str:
+    """So many epochs, in words."""
     return f"{epochs} epoch{'s' * (epochs != 1)}"
 
 
 def _more(epochs: int) -> str:
-    return _plural(epochs).replace(" ", " more ")
+    return plural(epochs).replace(" ", " more ")
 
 
-def _iterate(label: str, epoch: int) -> Readout:
+def iterate(label: str, epoch: int) -> Readout:
+    """The weights themselves at the end of an epoch."""
     return Readout(label, "sgd", epoch, "iterate")
 
 
-def _plain(optimizer: Optimizer, name: str, label: str, epochs: int) -> Arm:
+def plain_arm(optimizer: Optimizer, name: str, label: str, epochs: int) -> Arm:
     """Training from scratch with a cosine to 0, scored at its end."""
 
     def schedule(steps: int) -> optax.Schedule:
         return optax.cosine_decay_schedule(optimizer.learning_rate, epochs * steps)
 
-    return Arm(name, label, epochs, schedule, (_iterate(label, epochs),))
+    return Arm(name, label, epochs, schedule, (iterate(label, epochs),))
 
 
 def _average_readouts(labels: dict[int, str], batch_norm: bool) -> tuple[Readout, ...]:
     """The average at the end of each epoch; at the last with other statistics, too."""
     found = [Readout(label, "swa", epoch, "average") for epoch, label in labels.items()]
-    others: tuple[Weights, ...] = (
-        "average, statistics averaged along",
-        "average, no BatchNorm pass",
-    )
     last = found[-1]
-    for weights in others if batch_norm else ():
+    for weights in ABLATIONS if batch_norm else ():
         label = weights.replace("average", last.label, 1)
         found.append(last._replace(label=label, weights=weights))
     return tuple(found)
+
+
+def other_readouts(others: Iterable[Average], epoch: int) -> list[Readout]:
+    """The averages beside SWA's at the end of an epoch."""
+    return [
+        Readout(each.label, each.name.partition(":")[0], epoch, each.name)
+        for each in others
+    ]

@@ -6,12 +6,13 @@ shared among them, weights are on each.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import swa_jax
@@ -20,7 +21,7 @@ from experiments.data.batches import EvalBatch, EvalBatches, InputBatches
 from experiments.data.splits import Split
 from experiments.models import Model
 from experiments.training.parallel import Strategy
-from experiments.training.plans import Weights
+from experiments.training.plans import ABLATIONS, ALONG, Arm, Weights
 from experiments.training.step import TrainState
 
 PyTree = Any
@@ -32,21 +33,60 @@ class Evaluation(NamedTuple):
 
     accuracy: float  # fraction in [0, 1]
     loss: float  # cross-entropy in nats
+    ece: float  # expected calibration error, fraction in [0, 1]; see `_Sums`
+
+
+# Bins of the calibration error, as in Guo et al., arXiv:1706.04599.
+_BINS = 15
+
+
+class _Sums(NamedTuple):
+    """Sums over the real rows of a batch.
+
+    The calibration error is the mean distance of a network's confidence, which is the
+    probability of its answer, from its accuracy, among answers of like confidence.
+    """
+
+    labels: jax.Array  # how many
+    correct: jax.Array
+    loss: jax.Array
+    gaps: jax.Array  # [bins], confidence less correctness, by confidence
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _sums(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, batch: EvalBatch
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Labels, correct answers and summed loss of the batch's real rows."""
-    variables = {"params": params, "batch_stats": batch_stats}
-    logits = jnp.asarray(model.apply(variables, batch["inputs"], train=False))
+def _sums(model: nn.Module, networks: PyTree, batch: EvalBatch) -> _Sums:
+    """Of the mean prediction of one network or more.
+
+    Args:
+        model: Of all of them.
+        networks: A list.
+        batch: Of evaluation.
+    """
+
+    def logits_of(network: Network) -> jax.Array:
+        variables = {"params": network[0], "batch_stats": network[1]}
+        return jnp.asarray(model.apply(variables, batch["inputs"], train=False))
+
+    if len(networks) == 1:
+        logits = logits_of(networks[0])
+    else:  # one after the other: compiled once, and no more memory than one takes
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+        each = jax.lax.map(lambda n: jax.nn.log_softmax(logits_of(n)), stacked)
+        logits = jax.nn.logsumexp(each, axis=0)
     labels = batch["labels"]
     mask = batch["mask"].reshape(-1, *(1,) * (labels.ndim - 1))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & mask
     count = jnp.sum(batch["mask"]) * math.prod(labels.shape[1:])
-    return count, jnp.sum(correct), jnp.sum(jnp.where(mask, losses, 0.0))
+    confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
+    bins = jnp.clip(jnp.ceil(confidence * _BINS).astype(jnp.int32) - 1, 0, _BINS - 1)
+    gaps = jnp.where(mask, confidence - correct, 0.0)
+    return _Sums(
+        count,
+        jnp.sum(correct),
+        jnp.sum(jnp.where(mask, losses, 0.0)),
+        jnp.zeros(_BINS).at[bins.ravel()].add(gaps.ravel()),
+    )
 
 
 @functools.cache  # one function object per model, so that it is compiled once
@@ -66,6 +106,11 @@ def make_batch_stats_fn(
         return updated["batch_stats"]
 
     return batch_stats_fn
+
+
+@functools.partial(jax.jit, static_argnames="which")
+def _sample(key: jax.Array, opt_state: PyTree, params: PyTree, which: str) -> PyTree:
+    return swa_jax.swag_sample(key, opt_state, params, which=which)
 
 
 def averaged_variables(state: TrainState) -> Network:
@@ -115,16 +160,31 @@ class Scorer:
 
         return {n: scored(split.num_examples) for n, split in self._splits.items()}
 
+    def networks(self, arm: Arm, state: TrainState, weights: Weights) -> list[Network]:
+        """What a readout names: one network, or those that predict together."""
+        others = {each.name: each for each in arm.others}
+        if weights not in others:
+            return [self.network(state, weights)]
+        params, opt_state, like = state.params, state.opt_state, state.batch_stats
+        samples = others[weights].samples
+        if not samples:
+            params = swa_jax.averaged_params(opt_state, params, weights)
+            return [self.fitted(params, like)]
+        # The same draws for every seed of training, whose weights differ.
+        keys = jax.random.split(jax.random.key(0), samples)
+        drawn = (_sample(key, opt_state, params, weights) for key in keys)
+        return [self.fitted(sample, like) for sample in drawn]
+
     def network(self, state: TrainState, weights: Weights) -> Network:
-        """The parameters and statistics that a readout names, on all devices."""
+        """The iterate, or SWA's average with one kind of statistics, on all devices."""
         if weights == "iterate":
             found = state.params, state.batch_stats
         else:
             params, along = averaged_variables(state)
-            left = weights != "average, statistics averaged along"
-            found = params, state.batch_stats if left else along
-        found = self._strategy.replicate(found)
-        return (found[0], self._fit(*found)) if weights == "average" else found
+            found = params, along if weights == ALONG else state.batch_stats
+        if weights == "iterate" or weights in ABLATIONS:
+            return self._strategy.replicate(found)
+        return self.fitted(*found)
 
     def fitted(self, params: PyTree, like: PyTree) -> Network:
         """Any parameters with BatchNorm statistics that belong to them.
@@ -159,12 +219,16 @@ class Scorer:
             yield (self._strategy.share if whole else self._strategy.replicate)(inputs)
 
     def score(
-        self, network: Network, split: str, limit: int | None = None
+        self,
+        network: Network | Sequence[Network],
+        split: str,
+        limit: int | None = None,
     ) -> Evaluation:
         """Score a network on all examples of a split, each counted once.
 
         Args:
-            network: From `network` or `fitted`.
+            network: From `network` or `fitted`; or several, from `networks`, whose
+                probabilities are averaged.
             split: Its name.
             limit: As for the scorer, of this split.
 
@@ -175,9 +239,15 @@ class Scorer:
             self._splits[split], self._batch_size, limit or self._limit, self._share
         )
         share = self._strategy.share
-        sums = [_sums(self.model, *network, share(batch)) for batch in batches]
+        networks = network if isinstance(network, list) else [network]
+        sums = [_sums(self.model, networks, share(batch)) for batch in batches]
         if not sums:
             raise ValueError(f"split {split} holds no example; give it at least one.")
-        counts, corrects, losses = zip(*jax.device_get(sums), strict=True)
-        count = int(sum(counts))
-        return Evaluation(int(sum(corrects)) / count, math.fsum(losses) / count)
+        labels, correct, loss, gaps = zip(*jax.device_get(sums), strict=True)
+        count = int(sum(labels))
+        gap = np.sum(np.asarray(gaps, np.float64), axis=0)
+        return Evaluation(
+            int(sum(correct)) / count,
+            math.fsum(loss) / count,
+            float(np.abs(gap).sum() / count),
+        )

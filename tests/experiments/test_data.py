@@ -1,7 +1,10 @@
+import concurrent.futures
 import dataclasses
 import gzip
 import logging
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -330,3 +333,64 @@ def test_damaged_fashion_mnist_is_a_data_error(fashion, tmp_path, monkeypatch):
         load_splits(dataset, ("train",))
     # The command line says it in a line.
     assert errors.explanation(caught.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("noisy_validation", [False, True])
+def test_label_noise_is_a_fixed_share_of_the_labels(tiny, noisy_validation):
+    names = ("train", "validation", "test")
+    clean = load_splits(override(tiny, train_examples=800).data, names)
+    config = override(
+        tiny, train_examples=800, label_noise=0.4, noisy_validation=noisy_validation
+    )
+    found, again = (load_splits(config.data, names) for _ in range(2))
+    assert found["train"].source.endswith(", 40% of the labels drawn anew")
+    for name in names:
+        before, after = clean[name].examples, found[name].examples
+        np.testing.assert_array_equal(after.inputs, before.inputs)
+        np.testing.assert_array_equal(after.labels, again[name].examples.labels)
+        changed = np.mean(after.labels != before.labels)
+        if name == "train" or (noisy_validation and name == "validation"):
+            # A tenth of those drawn anew is what it was: 0.36, give or take 0.01.
+            assert 0.3 < changed < 0.4
+            counts = np.bincount(after.labels[after.labels != before.labels])
+            assert len(counts) == 10
+        else:
+            assert changed == 0
+
+
+def test_noise_in_labels_that_are_read_from_files_is_refused():
+    with pytest.raises(ValueError, match=r"label_noise is 0.1; it must be 0"):
+        ImageNet(batch_size=2, eval_batch_size=2, label_noise=0.1)
+    with pytest.raises(ValueError, match=r"label_noise is 1.0"):
+        Digits(batch_size=2, eval_batch_size=2, label_noise=1.0)
+
+
+def test_validation_examples_is_a_fixed_prefix(tiny):
+    whole = load_splits(tiny.data, ("validation",))["validation"].examples
+    few = override(tiny, validation_examples=7).data
+    found = load_splits(few, ("validation",))["validation"].examples
+    np.testing.assert_array_equal(found.labels, whole.labels[:7])
+    with pytest.raises(ValueError, match="validation_examples is 0"):
+        override(tiny, validation_examples=0)
+    many = override(tiny, validation_examples=5000).data
+    with pytest.raises(DataError, match="validation_examples is 5000; the validation"):
+        load_splits(many, ("validation",))
+
+
+def test_jobs_that_start_at_once_prepare_the_data_once(tmp_path):
+    made = []
+
+    def source():
+        made.append(threading.get_ident())
+        time.sleep(0.2)
+        return {"train": ((n, {"x": np.full(2, n)}) for n in range(3))}
+
+    def prepare(_):
+        features = {"x": ((2,), np.int64)}
+        return tfds_module.own("numbers", features, source, tmp_path)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        builders = list(pool.map(prepare, range(4)))
+    assert len(made) == 1
+    for builder in builders:
+        assert len(builder.as_data_source("train")) == 3

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from experiments.config.named import EXPERIMENTS
 from experiments.config.schema import override
+from experiments.training.any_budget import AnyBudget
 
 
 def cosine(peak, share):
@@ -104,3 +106,73 @@ def test_every_experiment_has_a_plan(name):
         assert max(r.epoch for r in arm.readouts) == arm.epochs
         assert len({r.label for r in arm.readouts}) == len(arm.readouts)
     assert any(arm.averages_from for arm in arms)
+
+
+def test_other_averages_and_early_stopping_add_readouts_only(tiny):
+    averages = "ema:0.9", "power:0.1", "lawa:2", "swag:3"
+    plan = override(tiny, averages=averages, early_stopping=True).plan
+    sgd, short, swa = plan
+    assert [(r.label, r.stopped_early) for r in sgd.readouts] == [
+        ("SGD", False),
+        ("SGD, stopped early", True),
+    ]
+    assert (short.others, len(short.readouts)) == ((), 1)
+    assert tuple(each.name for each in swa.others) == averages
+    assert [(r.label, r.method, r.weights) for r in swa.readouts[-5:]] == [
+        ("last iterate (0.05)", "sgd", "iterate"),
+        ("EMA 0.9", "ema", "ema:0.9"),
+        ("power EMA 0.1", "power", "power:0.1"),
+        ("LAWA, 2 epochs", "lawa", "lawa:2"),
+        ("SWAG, 3 samples", "swag", "swag:3"),
+    ]
+    assert swa.tuned_by == ("average",)
+
+
+ANY_BUDGET = AnyBudget(
+    epochs=10, read_at=(5, 10), swa_lr=0.2, averages=("ema:0.9",), peaks=(0.4, 0.8)
+)
+
+
+def test_any_budget(tiny):
+    arms = by_name(dataclasses.replace(tiny, protocol=ANY_BUDGET))
+    assert {name: arm.epochs for name, arm in arms.items()} == {
+        "cooldown5": 5,
+        "cooldown10": 10,
+        "sgd5": 5,
+        "sgd10": 10,
+        "constant": 10,
+    }
+    # Two steps an epoch: the last fifth of 10 epochs is 4 steps.
+    rates = {name: arm.learning_rates(2) for name, arm in arms.items()}
+    np.testing.assert_allclose(rates["constant"], [0.2] * 20)
+    down = [*[0.2] * 16, 0.2, 0.15, 0.1, 0.05]
+    np.testing.assert_allclose(rates["cooldown10"], down, rtol=1e-6)
+    for name, peak, steps in (("sgd5", 0.4, 10), ("sgd10", 0.8, 20)):
+        expected = [cosine(peak, step / steps) for step in range(steps)]
+        np.testing.assert_allclose(rates[name], expected, rtol=1e-5, atol=1e-7)
+    constant = arms["constant"]
+    assert [(r.label, r.epoch, r.weights) for r in constant.readouts[-3:]] == [
+        ("last iterate (0.2), 10 epochs", 10, "iterate"),
+        ("mean of every epoch, 10 epochs", 10, "average"),
+        ("EMA 0.9, 10 epochs", 10, "ema:0.9"),
+    ]
+    assert len(constant.readouts) == 6
+    assert constant.tuned_by == ("ema:0.9",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"read_at": (5, 8)}, r"read_at is \(5, 8\) with epochs=10"),
+        ({"read_at": (10, 5)}, "in ascending order"),
+        ({"read_at": ()}, "read_at is"),
+        ({"read_at": (0, 10)}, "read_at is"),
+        ({"peaks": (0.4,)}, r"peaks is \(0.4,\); give a rate above 0 for each"),
+        ({"peaks": (0.4, 0.0)}, "peaks is"),
+        ({"cooldown": 1.0}, "cooldown is 1.0"),
+        ({"averages": ("ema",)}, "averages contains 'ema'"),
+    ],
+)
+def test_budgets_that_cannot_be_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ANY_BUDGET, **changes)

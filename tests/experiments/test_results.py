@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -114,6 +115,18 @@ def test_row_collects_seeds():
     assert (one.accuracy, one.loss) == ([0.9, 0.8], [0.5, 0.6])
     assert one.train_loss == [0.1, 0.2]
     assert other.accuracy == []
+
+
+def test_calibration_is_a_column_where_every_row_has_it():
+    with_it = [dataclasses.replace(each, ece=[0.01, 0.02, 0.03]) for each in ROWS]
+    text = tables.make_markdown(Results("digits", with_it, []))
+    assert text.startswith(
+        "| Method | Test accuracy (%) | Test loss | Train loss | ECE (%) |\n"
+        "|---|---:|---:|---:|---:|\n"
+        "| SGD | 98.00 ± 1.00 | 0.2000 ± 0.1000 | 0.1000 ± 0.0000 | 2.00 ± 1.00 |\n"
+    )
+    text = tables.make_markdown(Results("digits", [with_it[0], ROWS[1]], []))
+    assert "ECE" not in text
 
 
 @pytest.mark.slow

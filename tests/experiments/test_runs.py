@@ -30,7 +30,7 @@ from experiments.runtime.metrics import read_log
 from experiments.runtime.signals import Stopper
 from experiments.runtime.store import Store
 from experiments.training.protocols import SideBySide
-from tests.helpers import quiet, rows_of
+from tests.helpers import quiet, rows_of, run_job
 
 
 def logged(workdir):
@@ -278,11 +278,15 @@ def wait_for(process, reached):
 
 
 def small_job(tiny_model):
-    """MixUp and shifts, BatchNorm, SGD; averages epochs 2 to 6."""
-    return (
-        override(tiny_model, mixup_alpha=0.3, max_shift=1),
-        None,
+    """MixUp and shifts, BatchNorm, SGD; averages epochs 2 to 6, and in other ways."""
+    config = override(
+        tiny_model,
+        mixup_alpha=0.3,
+        max_shift=1,
+        averages=("ema:0.9", "lawa:2", "swag:2"),
+        early_stopping=True,
     )
+    return config, None
 
 
 def text_job(tiny_model):
@@ -307,6 +311,29 @@ def text_job(tiny_model):
     )
     assert config.optimizer.optimizer == "adamw"
     return config, {"train": split, "test": split}
+
+
+def test_stopped_early_is_the_epoch_that_validates_best(tiny):
+    # It learns wrong labels by heart in the end.
+    config = override(
+        tiny, early_stopping=True, epochs=12, train_examples=60, label_noise=0.6
+    )
+    rows = run_job(config)
+    stopped = next(row for row in rows if row["label"] == "SGD, stopped early")
+    events = lines(config.workdir)
+    for seed in range(2):
+        of = [e for e in events if e.get("seed") == seed and e.get("arm") == "sgd"]
+        validation = [e["accuracy"] for e in of if e["event"] == "validation"]
+        assert len(validation) == 12
+        assert validation.index(max(validation)) < 11  # or this shows nothing
+        path = config.directory.run("sgd", seed).finished
+        kept = json.loads(path.read_text())["scores"]["SGD, stopped early"]
+        best = validation.index(max(validation))  # the first of the best
+        assert (kept["epoch"], kept["validation"]) == (best + 1, validation[best])
+        assert stopped["accuracy"][seed] == kept["accuracy"]
+        if seed == 0:  # the only one whose every epoch is tested
+            tests = [e["accuracy"] for e in of if e["event"] == "test"]
+            assert kept["accuracy"] == tests[best]
 
 
 @pytest.fixture(params=[small_job, text_job], scope="module")

@@ -32,6 +32,18 @@ def logits_of(config, state, images):
     return np.asarray(logits, np.float64)
 
 
+def calibration_error(probabilities, labels):
+    """By hand, a bin at a time."""
+    confidence, answers = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    total = 0.0
+    for n in range(15):
+        mine = (confidence > n / 15) & (confidence <= (n + 1) / 15)
+        if mine.any():
+            gap = confidence[mine].mean() - np.mean(answers[mine] == labels[mine])
+            total += mine.mean() * abs(gap)
+    return total
+
+
 def test_evaluation_matches_numpy_on_every_example(tiny_model, trained, split):
     logits = logits_of(tiny_model, trained, split.examples.inputs)
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -43,6 +55,8 @@ def test_evaluation_matches_numpy_on_every_example(tiny_model, trained, split):
         score = found.score(found.network(trained, "iterate"), "test")
         assert score.accuracy == accuracy
         np.testing.assert_allclose(score.loss, losses.mean(), rtol=1e-5)
+        error = calibration_error(np.exp(logs), split.examples.labels)
+        np.testing.assert_allclose(score.ece, error, rtol=1e-5)
     # Of the first examples, up to whole batches.
     found = scorer(tiny_model, split, 8, limit=12)
     assert found.examples == {"train": 16, "validation": 16, "test": 16}
@@ -54,15 +68,20 @@ def test_evaluation_matches_numpy_on_every_example(tiny_model, trained, split):
 
 def test_padding_does_not_count(tiny_model, trained, split):
     batch = EvalBatches(split, 8)[2]
-    network = trained.params, trained.batch_stats
-    clean = scoring._sums(tiny_model.network, *network, batch)
+    networks = [(trained.params, trained.batch_stats)]
+
+    def sums():
+        return jax.device_get(scoring._sums(tiny_model.network, networks, batch))
+
+    clean = sums()
     padding = ~batch["mask"]
     # Labels that the network gets right on the padding: they would raise accuracy.
     answers = logits_of(tiny_model, trained, batch["inputs"]).argmax(axis=1)
     batch["labels"] = np.where(padding, answers, batch["labels"])
-    assert scoring._sums(tiny_model.network, *network, batch) == clean
+    chex.assert_trees_all_equal(sums(), clean)
     batch["mask"] = np.ones(8, bool)
-    assert scoring._sums(tiny_model.network, *network, batch) != clean
+    for found, before in zip(sums(), clean, strict=True):
+        assert np.any(found != before)
 
 
 def test_nothing_to_evaluate_is_an_error(tiny_model, trained, split):
@@ -103,9 +122,9 @@ def test_every_device_takes_part(tiny_model, trained, split, parallel, monkeypat
     spread = scorer(tiny_model, split, 13, parallel=parallel)  # rounded up
     sums, seen = scoring._sums, []
 
-    def recording(model, params, batch_stats, batch):
+    def recording(model, networks, batch):
         seen.append(batch["inputs"].sharding)
-        return sums(model, params, batch_stats, batch)
+        return sums(model, networks, batch)
 
     for weights in ("iterate", "average"):
         expected, found = (s.network(trained, weights) for s in (alone, spread))
@@ -142,3 +161,70 @@ def test_average_without_finite_statistics_is_an_error_of_its_own(
     infinite = jax.tree.map(lambda p: np.inf * p, trained.params)
     with pytest.raises(FloatingPointError, match="is not finite"):
         scorer(tiny_model, split).fitted(infinite, trained.batch_stats)
+
+
+AVERAGES = "ema:0.9", "power:0.2", "lawa:2", "swag:3"
+
+
+def test_other_averages_are_those_of_the_weights(tiny_model, split):
+    """Each from the weights after every step, in float64."""
+    config = override(tiny_model, averages=AVERAGES)
+    history = []
+
+    class Recorder(Hooks):
+        def after_step(self, step, snapshot):
+            history.append(jax.tree.map(np.float64, snapshot().state.params))
+
+    arm = config.plan["swa3"]
+    state = train(trainer(config, split).compile(arm), 0, Recorder())
+    t = np.arange(1, 13)
+    gamma = 3.0
+    for _ in range(50):  # the width of Karras et al. 2024, solved for gamma
+        gamma = np.sqrt((gamma + 1) / (gamma + 3)) / 0.2 - 2
+    weights = {
+        "ema:0.9": 0.9 ** (12 - t),
+        "lawa:2": np.isin(t, (9, 12)),
+        "power:0.2": (t / 12) ** (gamma + 1) - ((t - 1) / 12) ** (gamma + 1),
+    }
+    found = scorer(config, split)
+    for name, share in weights.items():
+        ((params, batch_stats),) = found.networks(arm, state, name)
+        share = share / share.sum()
+        expected = jax.tree.map(
+            lambda *x, share=share: np.tensordot(share, np.stack(x), 1), *history
+        )
+        chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
+        fitted = found.fitted(params, state.batch_stats)[1]
+        chex.assert_trees_all_equal(batch_stats, fitted)
+    networks = found.networks(arm, state, "swag:3")
+    assert len(networks) == 3
+    score = found.score(networks, "test")
+    predicted = []
+    for params, batch_stats in networks:
+        state = state._replace(params=params, batch_stats=batch_stats)
+        logits = logits_of(config, state, split.examples.inputs)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        predicted.append(odds / odds.sum(axis=1, keepdims=True))
+    assert np.abs(predicted[0] - predicted[1]).max() > 1e-3
+    mean = np.mean(predicted, axis=0)
+    labels = split.examples.labels
+    loss = -np.log(mean[np.arange(20), labels]).mean()
+    np.testing.assert_allclose(score.loss, loss, rtol=1e-4)
+    assert score.accuracy == np.mean(mean.argmax(axis=1) == labels)
+    np.testing.assert_allclose(score.ece, calibration_error(mean, labels), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ema:1.5", r"'ema:1.5'; write each as ema:DECAY"),
+        ("mean", "'mean'; write each as"),
+        ("swag:0", "at least 1 sample"),
+        ("lawa:half", "'lawa:half'"),
+    ],
+)
+def test_an_average_that_is_none_is_an_error(tiny_model, name, message):
+    with pytest.raises(ValueError, match=message):
+        override(tiny_model, averages=(name,))
+    with pytest.raises(ValueError, match="must appear once"):
+        override(tiny_model, averages=("ema:0.9", "ema:0.90"))

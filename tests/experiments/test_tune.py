@@ -335,7 +335,7 @@ def test_tuning_and_training_keep_out_of_each_others_directory(search):
 
 
 def test_loss_that_is_no_number_has_diverged(tiny, tiny_tuning, monkeypatch):
-    nothing = tune.Evaluation(0.9, math.nan)
+    nothing = tune.Evaluation(0.9, math.nan, 0.1)
     monkeypatch.setattr(tune.Scorer, "score", lambda *args: nothing)
     (found,) = train_arm(tiny, tiny_tuning, "sgd")
     assert (found.accuracy, found.loss) == ((0.0,), (math.inf,))

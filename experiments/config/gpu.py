@@ -1,0 +1,158 @@
+"""The named experiments that want an accelerator, with the networks of publications."""
+
+from experiments.config.registry import experiment
+from experiments.config.schema import (
+    Config,
+    FineTuneTuning,
+    Saving,
+    Tuning,
+)
+from experiments.data.cifar import Cifar10, Cifar100
+from experiments.data.fashion_mnist import FashionMnist
+from experiments.data.imagenet import ImageNet
+from experiments.models import Model
+from experiments.models.preresnet import PreResNet
+from experiments.models.resnet import STAGES, ResNet
+from experiments.models.vgg import VGG16
+from experiments.models.wide_resnet import WideResNet
+from experiments.training.optimizer import Optimizer
+from experiments.training.protocols import Budgets, FineTune, SideBySide
+
+
+# The published networks and rates on data that are here, at a fifth of the depth. The
+# rates have not been tuned for them.
+def _on_a_gpu(name: str, model: Model, weight_decay: float) -> None:
+    config = Config(
+        data=FashionMnist(batch_size=128, eval_batch_size=1000, max_shift=2, flip=True),
+        model=model,
+        optimizer=Optimizer(
+            learning_rate=0.1, weight_decay=weight_decay, decay_all=True
+        ),
+        protocol=SideBySide(
+            epochs=20,
+            swa_epochs=(5,),
+            swa_lr=0.05,
+            averages=("ema:0.995", "ema:0.999", "power:0.1", "lawa:3"),
+            early_stopping=True,
+        ),
+        seeds=3,
+        saving=Saving(checkpoint_every=5000, width_plot=False),
+    )
+    experiment(
+        name,
+        config,
+        Tuning(),
+        f"""{type(model).__name__} on Fashion-MNIST: wants a GPU; try --label-noise 0.4.
+
+Command: python -m experiments {name}
+Expected test accuracy: docs/results/{name}.
+Run time: not measured.
+""",
+    )
+
+
+_on_a_gpu("fashion_mnist_preresnet", PreResNet(20, dtype="bfloat16"), 3e-4)
+_on_a_gpu("fashion_mnist_wide_resnet", WideResNet(16, 4, dtype="bfloat16"), 5e-4)
+
+
+# The original repository's settings: github.com/timgaripov/swa, README.md at commit
+# 411b2fc and train.py. Its SGD schedule moves once an epoch, ours at every step.
+_CIFAR_NETWORKS = {
+    "vgg16": VGG16(False),
+    "vgg16_bn": VGG16(True),
+    "preresnet110": PreResNet(110),
+    "preresnet164": PreResNet(164),
+    "wide_resnet": WideResNet(),
+}
+# Test accuracy (%) in its README: of SGD, and of SWA at 1, 1.25 and 1.5 budgets.
+_CIFAR = {
+    "cifar10_vgg16": "93.25 ± 0.16, 93.59 ± 0.16, 93.70 ± 0.22, 93.64 ± 0.18",
+    "cifar10_vgg16_bn": "",
+    "cifar10_preresnet110": "95.03 ± 0.05, 95.51 ± 0.10, 95.65 ± 0.03, 95.82 ± 0.03",
+    "cifar10_preresnet164": "95.28 ± 0.10, 95.56 ± 0.11, 95.77 ± 0.04, 95.83 ± 0.03",
+    "cifar10_wide_resnet": "96.18 ± 0.11, 96.45 ± 0.11, 96.64 ± 0.08, 96.79 ± 0.05",
+    "cifar100_vgg16": "72.55 ± 0.10, 73.91 ± 0.12, 74.17 ± 0.15, 74.27 ± 0.25",
+    "cifar100_preresnet110": "76.77 ± 0.38, 78.75 ± 0.16, 78.91 ± 0.29, 79.10 ± 0.21",
+    "cifar100_preresnet164": "78.49 ± 0.36, 79.77 ± 0.17, 80.18 ± 0.23, 80.35 ± 0.16",
+    "cifar100_wide_resnet": "80.82 ± 0.23, 81.46 ± 0.23, 81.91 ± 0.27, 82.15 ± 0.27",
+}
+
+
+def _cifar(name: str, published: str) -> None:
+    kind, network = name.split("_", 1)
+    model, dataset = _CIFAR_NETWORKS[network], {"cifar10": Cifar10}.get(kind, Cifar100)
+    vgg, short = isinstance(model, VGG16), isinstance(model, PreResNet)
+    epochs = 150 if short else 200
+    low = vgg or (short and dataset is Cifar10)
+    config = Config(
+        data=dataset(
+            hold_out=False, batch_size=128, eval_batch_size=500, max_shift=4, flip=True
+        ),
+        model=model,
+        optimizer=Optimizer(
+            learning_rate=0.05 if vgg else 0.1,
+            weight_decay=3e-4 if short else 5e-4,
+            decay_all=True,
+        ),
+        protocol=Budgets(
+            epochs=epochs,
+            budgets=(1, 1.25, 1.5),
+            swa_start=126 if short else 161,
+            swa_lr=0.01 if low else 0.05,
+        ),
+        seeds=3,
+    )
+    expected = "Expected: the repository has this network, but publishes no figures."
+    if published:
+        sgd, swa = published.split(", ", 1)
+        expected = (
+            f"Expected test accuracy (original repository's README): SGD {sgd} %, SWA\n"
+            f"{swa} % at 1, 1.25 and 1.5 budgets."
+        )
+    trained = sum(int(budget * epochs) for budget in (1, 1.25, 1.5, 1.5))
+    experiment(
+        name,
+        config,
+        Tuning(),
+        f"""{network} on CIFAR-{kind[5:]} as in the original repository.
+
+Command: python -m experiments {name}
+{expected}
+Run time: not measured; {trained:,} epochs of 50,000 images a seed want an accelerator.
+""",
+    )
+
+
+for _name, _published in _CIFAR.items():
+    _cifar(_name, _published)
+
+
+# The baseline's settings are those of Goyal et al., arXiv:1706.02677, for batches of
+# 256, with a cosine; the rates of the last two are ours and have not been tried.
+def _imagenet(depth: int, published: str) -> None:
+    name = f"imagenet_resnet{depth}"
+    config = Config(
+        data=ImageNet(hold_out=False, batch_size=256, eval_batch_size=500, flip=True),
+        model=ResNet(stages=STAGES[depth], dtype="bfloat16"),
+        optimizer=Optimizer(learning_rate=0.1, weight_decay=1e-4),
+        protocol=FineTune(epochs=90, swa_epochs=(5, 10), swa_lr=0.01, control_lr=0.001),
+        seeds=3,
+        saving=Saving(checkpoint_every=1000, width_plot=False),
+    )
+    experiment(
+        name,
+        config,
+        FineTuneTuning(),
+        f"""ResNet-{depth} on ImageNet: 5 and 10 SWA epochs on a converged model.
+
+Command: python -m experiments {name} --parallel jit
+Expected test accuracy (Izmailov et al. 2018, arXiv:1803.05407, ImageNet table):
+{published} epochs of SWA.
+Run time: not measured; 305 epochs of 1.28 million images a seed, equal-budget
+baselines and control included.
+""",
+    )
+
+
+_imagenet(50, "76.15 % before, 76.83 ± 0.01 % after 5 and 76.97 ± 0.05 % after 10")
+_imagenet(152, "78.31 % before, 78.82 ± 0.01 % after 5 and 78.94 ± 0.07 % after 10")
