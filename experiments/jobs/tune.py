@@ -310,7 +310,7 @@ def tune(
     for trial in tuner.trials:
         table.add_row(*_cells(trial))
     console.print(table)
-    console.print(f"chosen: {chosen}; set them in experiments/config/named.py")
+    console.print(f"chosen: {chosen}; set them in experiments/config")
     return chosen
 
 

@@ -23,7 +23,7 @@ def plot_scores(results: Results) -> bytes:
 
     A dot is a seed, a bar the mean over seeds. Ablations are left to the table. What
     would squeeze the others into a corner is told as a number at the edge: no axis is
-    wider than six times the spread of the better half.
+    wider than four times the spread of the better half.
     """
     rows = [row for row in results.rows if row.weights not in ABLATIONS]
     panels = {
@@ -85,8 +85,8 @@ def _limits(values: list[list[float]], upwards: bool) -> tuple[float, float]:
     every = [value for seeds in values for value in seeds]
     low, high = min(every), max(every)
     if upwards:
-        low = max(low, best - 6 * spread)
+        low = max(low, best - 4 * spread)
     else:
-        high = min(high, best + 6 * spread)
+        high = min(high, best + 4 * spread)
     margin = 0.05 * (high - low) or 1e-3
     return low - margin, high + margin

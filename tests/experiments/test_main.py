@@ -48,6 +48,7 @@ def test_digits_end_to_end(run, capsys):
         "results.json",
         "results.md",
         "runs",
+        "scores.png",
         "tensorboard",
         "width.json",
         "width.png",
