@@ -127,7 +127,7 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), f"README links to {target}"
 
 
-# The results: five rows, one for each directory of docs/results.
+# The results: a row for each directory of docs/results, those of noisy labels apart.
 
 SUMMARY = {
     cells[0].split()[0]: cells
@@ -144,12 +144,40 @@ def read_results(name: str) -> tables.Results:
     return tables.Results.read(Workdir(RESULTS[name]))
 
 
+NOISY = {"0 %": "noisy_labels_0", "20 %": "noisy_labels_20", "40 %": "noisy_labels"}
+
+
 def test_summary_has_a_row_for_each_experiment():
-    assert SUMMARY.keys() == RESULTS.keys()
+    assert SUMMARY.keys() == RESULTS.keys() - {*NOISY.values()}
     assert len(SUMMARY) == 5
 
 
-@pytest.mark.parametrize("name", RESULTS)
+def test_noisy_labels_are_those_of_the_results():
+    found = {noise: read_results(name) for noise, name in NOISY.items()}
+    cells = {
+        noise: {c[0]: c for c in tables.table_cells(results.rows)}
+        for noise, results in found.items()
+    }
+    shown = README[README.index("| Labels drawn at random |") :]
+    titles = [cell.strip() for cell in shown.splitlines()[0].strip("|").split("|")]
+    assert titles[1:] == [*found, "loss at 40 %", "ECE at 40 %"]
+    rows = re.findall(r"^\| ([^|]+?) \|(.+)\|$", shown, re.MULTILINE)[1:7]
+    assert len(rows) == 6
+    for label, rest in rows:
+        last = cells["40 %"][label]
+        expected = [*(cells[noise][label][1] for noise in found), last[2], last[4]]
+        assert [cell.strip() for cell in rest.split("|")] == expected
+    # What is said of them: p of SWA and SWAG against SGD stopped early, at 40 %.
+    tested = {
+        c.row: c
+        for c in found["40 %"].comparisons
+        if c.against == "SGD, stopped early"
+    }
+    for row in ("SWA, last 10 epochs", "SWAG, 30 samples"):
+        assert f"{tested[row].accuracy:+.2f} points" in README
+
+
+@pytest.mark.parametrize("name", [n for n in RESULTS if n not in NOISY.values()])
 def test_summary_is_that_of_the_results(name):
     _, rows, comparisons = read_results(name)
     by_label = {row.label: row for row in rows}

@@ -45,7 +45,7 @@ def _on_a_gpu(name: str, model: Model, weight_decay: float) -> None:
         f"""{type(model).__name__} on Fashion-MNIST: wants a GPU; try --label-noise 0.4.
 
 Command: python -m experiments {name}
-Expected test accuracy: docs/results/{name}.
+Expected: not recorded yet.
 Run time: not measured.
 """,
     )
