@@ -277,11 +277,15 @@ def test_tables_are_those_of_the_results(name):
     results = tables.Results.read(Workdir(RESULTS[name]))
     markdown = tables.make_markdown(results)
     assert (RESULTS[name] / "results.md").read_text() == markdown
-    lines = markdown.splitlines()
-    for line in lines[: len(results.rows) + 2]:
+    if name == "any_budget":  # a column for each budget, all of them
+        lines, quoted = markdown.splitlines(), []
+    else:
+        lines = markdown.splitlines()[: len(results.rows) + 2]
+        quoted = tables.comparison_cells(results.comparisons)
+        quoted = [cells for cells in quoted if "10" in cells[0]]
+        assert quoted
+    for line in lines:
         assert f"\n{line}\n" in page
-    quoted = [c for c in tables.comparison_cells(results.comparisons) if "10" in c[0]]
-    assert quoted
     for cells in quoted:
         assert f"\n| {' | '.join(cells)} |\n" in page
     assert f"`python -m experiments {name}" in page

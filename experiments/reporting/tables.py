@@ -93,7 +93,9 @@ def _table(
 
 
 def make_markdown(results: Results) -> str:
-    """The same tables in Markdown."""
+    """The same tables in Markdown; of a job with many budgets, a column for each."""
+    if any(row.arm == "constant" for row in results.rows):
+        return _budgets_markdown(results)
     scores = table_cells(results.rows)
     titles = ("Method", "Test accuracy (%)", "Test loss", "Train loss", "ECE (%)")
     lines = [f"| {' | '.join(titles[: len(scores[0])])} |"]
@@ -105,3 +107,37 @@ def make_markdown(results: Results) -> str:
         lines += ["|---|---|---:|---:|"]
         lines += [f"| {' | '.join(c)} |" for c in cells]
     return "\n".join(lines) + "\n"
+
+
+def _budgets_markdown(results: Results) -> str:
+    """Scores by method and budget, and how far averages are from single runs."""
+    epochs = sorted({row.epoch for row in results.rows})
+
+    def method(label: str) -> str:
+        return label.rpartition(", ")[0]
+
+    def table(title: str, cells: dict[str, dict[int, str]]) -> list[str]:
+        head = f"| {title}, by epochs | {' | '.join(map(str, epochs))} |"
+        rows = [
+            f"| {name} | {' | '.join(found[n] for n in epochs)} |"
+            for name, found in cells.items()
+        ]
+        return [head, f"|---|{'---:|' * len(epochs)}", *rows, ""]
+
+    accuracy: dict[str, dict[int, str]] = {}
+    loss: dict[str, dict[int, str]] = {}
+    for row, cells in zip(results.rows, table_cells(results.rows), strict=True):
+        accuracy.setdefault(method(row.label), {})[row.epoch] = cells[1]
+        loss.setdefault(method(row.label), {})[row.epoch] = cells[2]
+    epoch_of = {row.label: row.epoch for row in results.rows}
+    points: dict[str, dict[int, str]] = {}
+    nats: dict[str, dict[int, str]] = {}
+    for c in results.comparisons:
+        name = f"{method(c.row)} - {method(c.against)}"
+        n = epoch_of[c.row]
+        points.setdefault(name, {})[n] = f"{c.accuracy:+.2f} ({_p(c.accuracy_p)})"
+        nats.setdefault(name, {})[n] = f"{c.loss:+.3f} ({_p(c.loss_p)})"
+    lines = table("Test accuracy (%)", accuracy) + table("Test loss", loss)
+    if points:
+        lines += table("Accuracy (points)", points) + table("Loss (nats)", nats)
+    return "\n".join(lines[:-1]) + "\n"

@@ -6,7 +6,7 @@ shared among them, weights are on each.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,7 +69,7 @@ def _sums(model: nn.Module, networks: PyTree, batch: EvalBatch) -> _Sums:
 
     if len(networks) == 1:
         logits = logits_of(networks[0])
-    else:  # one after the other: compiled once, and no more memory than one takes
+    else:  # one after the other: compiled once, and activations of one at a time
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
         each = jax.lax.map(lambda n: jax.nn.log_softmax(logits_of(n)), stacked)
         logits = jax.nn.logsumexp(each, axis=0)
@@ -220,7 +220,7 @@ class Scorer:
 
     def score(
         self,
-        network: Network | Sequence[Network],
+        network: Network | list[Network],
         split: str,
         limit: int | None = None,
     ) -> Evaluation:

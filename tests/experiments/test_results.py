@@ -18,6 +18,7 @@ from experiments.reporting import tables
 from experiments.reporting.tables import Results
 from experiments.runtime import files
 from experiments.runtime.tables import mean_and_std
+from experiments.training.any_budget import AnyBudget
 from tests.helpers import quiet, run_job
 
 
@@ -127,6 +128,31 @@ def test_calibration_is_a_column_where_every_row_has_it():
     )
     text = tables.make_markdown(Results("digits", [with_it[0], ROWS[1]], []))
     assert "ECE" not in text
+
+
+def test_budgets_are_columns(tiny):
+    protocol = AnyBudget(epochs=2, read_at=(1, 2), swa_lr=0.1, averages=("ema:0.9",))
+    plan = dataclasses.replace(tiny, protocol=protocol).plan
+    rows = list(results.make_rows(plan).values())
+    for each in rows:
+        value = each.epoch / 10 + 0.01 * (each.weights != "iterate")
+        each.add(Score(value, 1 - value, 0.0))
+        each.add(Score(value + 0.01 * each.epoch, 0.9 - value, 0.0))
+    comparisons = results.compare(rows, plan)
+    text = tables.make_markdown(Results("any_budget", rows, comparisons))
+    accuracy, loss, points, nats = text.split("\n\n")
+    assert accuracy.splitlines() == [
+        "| Test accuracy (%), by epochs | 1 | 2 |",
+        "|---|---:|---:|",
+        "| 0.1 cooled down | 10.50 ± 0.71 | 21.00 ± 1.41 |",
+        "| SGD | 10.50 ± 0.71 | 21.00 ± 1.41 |",
+        "| last iterate (0.1) | 10.50 ± 0.71 | 21.00 ± 1.41 |",
+        "| mean of every epoch | 11.50 ± 0.71 | 22.00 ± 1.41 |",
+        "| EMA 0.9 | 11.50 ± 0.71 | 22.00 ± 1.41 |",
+    ]
+    assert "| SGD | 0.8500 ± 0.0707 | 0.7500 ± 0.0707 |" in loss
+    assert "| EMA 0.9 - SGD | +1.00 (" in points
+    assert "| EMA 0.9 - 0.1 cooled down | -0.010 (" in nats
 
 
 @pytest.mark.slow
