@@ -75,9 +75,9 @@ Rates and weight decay: python -m experiments tune fashion_mnist, likewise
 """,
 )
 
+_5000_IMAGES = override(_FASHION_MNIST, train_examples=5000)
 _FINE_TUNE_5000 = dataclasses.replace(
-    _FASHION_MNIST,
-    data=FashionMnist(batch_size=64, eval_batch_size=500, train_examples=5000),
+    _5000_IMAGES,
     protocol=FineTune(epochs=30, swa_epochs=(5, 10), swa_lr=0.05, control_lr=0.001),
 )
 
@@ -136,29 +136,19 @@ _AVERAGES = (
 )
 
 
-def _noisy_labels(name: str, noise: float, settings: dict[str, float]) -> None:
-    data = FashionMnist(
-        batch_size=64,
-        eval_batch_size=500,
-        train_examples=5000,
-        validation_examples=5000,
-        label_noise=noise,
-    )
-    config = dataclasses.replace(
-        _FASHION_MNIST,
-        data=data,
-        protocol=SideBySide(
-            epochs=40,
-            swa_epochs=(10,),
-            swa_lr=0.2,
-            averages=_AVERAGES,
-            early_stopping=True,
-        ),
-        saving=Saving(width_plot=False),
-    )
+def _noisy_labels(name: str, noise: float, **rates: float) -> None:
     experiment(
         name,
-        override(config, **settings),
+        override(
+            _5000_IMAGES,
+            validation_examples=5000,
+            label_noise=noise,
+            swa_epochs=(10,),
+            averages=_AVERAGES,
+            early_stopping=True,
+            width_plot=False,
+            **rates,
+        ),
         Tuning(
             tune_seeds=3,
             tune_learning_rates=(0.2, 0.4, 0.8),
@@ -177,17 +167,14 @@ Rates and weight decay: python -m experiments tune {name}
     )
 
 
-# Both chose the same.
-_NOISY = {"learning_rate": 0.4, "weight_decay": 2e-3, "swa_lr": 0.05}
-_noisy_labels("noisy_labels", 0.4, _NOISY)
-_noisy_labels("noisy_labels_20", 0.2, _NOISY)
-_noisy_labels("noisy_labels_0", 0.0, {"learning_rate": 0.8, "swa_lr": 0.1})
+_noisy_labels("noisy_labels", 0.4, learning_rate=0.4, weight_decay=2e-3, swa_lr=0.05)
+_noisy_labels("noisy_labels_20", 0.2, learning_rate=0.4, weight_decay=2e-3, swa_lr=0.05)
+_noisy_labels("noisy_labels_0", 0.0, learning_rate=0.8, weight_decay=5e-4, swa_lr=0.1)
 
 experiment(
     "any_budget",
     dataclasses.replace(
-        _FASHION_MNIST,
-        data=FashionMnist(batch_size=64, eval_batch_size=500, train_examples=5000),
+        _5000_IMAGES,
         protocol=AnyBudget(
             epochs=60,
             read_at=(5, 10, 15, 20, 30, 40, 60),
@@ -197,28 +184,33 @@ experiment(
         ),
         saving=Saving(width_plot=False),
     ),
-    Tuning(),
+    Tuning(
+        tune_learning_rates=(0.4, 0.8),
+        tune_weight_decays=(5e-4,),
+        tune_swa_lrs=(0.1, 0.2, 0.4),
+    ),
     """One run at a constant rate, read at any moment, against a run for each budget.
 
 Command: python -m experiments any_budget
 Expected: docs/results/any_budget.
 Run time: 16 minutes on 2 CPU cores.
+Rates: python -m experiments tune any_budget, which searches the weight decay as well
 """,
-)
-
-_SHAKESPEARE = Config(
-    data=Shakespeare(
-        train_examples=4000, batch_size=32, eval_batch_size=200, context=64
-    ),
-    model=Transformer(layers=2, heads=4, width=64),
-    optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
-    protocol=FineTune(epochs=15, swa_epochs=(5, 10), swa_lr=2.5e-4, control_lr=1e-4),
-    seeds=5,
 )
 
 experiment(
     "shakespeare",
-    _SHAKESPEARE,
+    Config(
+        data=Shakespeare(
+            train_examples=4000, batch_size=32, eval_batch_size=200, context=64
+        ),
+        model=Transformer(layers=2, heads=4, width=64),
+        optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
+        protocol=FineTune(
+            epochs=15, swa_epochs=(5, 10), swa_lr=2.5e-4, control_lr=1e-4
+        ),
+        seeds=5,
+    ),
     FineTuneTuning(
         tune_learning_rates=(2e-3, 4e-3, 8e-3),
         tune_weight_decays=(0.1, 0.4),

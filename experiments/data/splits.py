@@ -23,7 +23,8 @@ from experiments.data.dataset import DataSet, Examples, Images
 from experiments.runtime import processes
 from experiments.runtime.errors import DataError
 
-_NOISE_SEED = 1806
+# Of the labels drawn anew, by split.
+_NOISE_SEEDS = {"train": (1806, 5), "validation": (1806, 10)}
 _READ_BLOCK = 1000  # examples that a reader thread decodes at a time
 
 
@@ -165,7 +166,7 @@ def _with_noise(dataset: DataSet, name: str, split: Split) -> Split:
     assert isinstance(split, MemorySplit)  # a check of the settings
     share = dataset.label_noise
     inputs, labels = split.examples
-    rng = np.random.default_rng((_NOISE_SEED, len(name)))
+    rng = np.random.default_rng(_NOISE_SEEDS[name])
     drawn = rng.permutation(len(labels))[: round(share * len(labels))]
     labels = labels.copy()
     labels[drawn] = rng.integers(0, dataset.inputs.num_classes, len(drawn))

@@ -67,13 +67,11 @@ def _panel(axes: Any, rows: list[Row], values: Callable[[Row], list[float]]) -> 
             continue  # far below; they are in the table
         label = members[0].label.rpartition(", ")[0]
         style = {"sgd": ("s", BLUE), "cooldown": ("^", GREY)}.get(kind)
-        means = [statistics.fmean(values(row)) for row in members]
-        spread = [statistics.stdev([*values(row)]) if len(values(row)) > 1 else 0.0
-                  for row in members]  # fmt: skip
+        seeds = [values(row) for row in members]
         axes.errorbar(
             [row.epoch for row in members],
-            means,
-            spread,
+            [statistics.fmean(each) for each in seeds],
+            [statistics.stdev(each) if len(each) > 1 else 0.0 for each in seeds],
             color=style[1] if style else next(colours),
             marker=style[0] if style else "o",
             markersize=6 if style else 3.5,

@@ -49,9 +49,12 @@ def _draw(directory: Workdir, log: ParsedLog) -> list[str]:
     if directory.results.is_file():
         results = Results.read(directory)
         write_atomic(directory.markdown, make_markdown(results).encode())
-        one_for_all = "read_at" in log.config
-        path = directory.budgets_figure if one_for_all else directory.scores_figure
-        write_atomic(path, (plot_budgets if one_for_all else plot_scores)(results))
+        path, figure = (
+            (directory.budgets_figure, plot_budgets(results))
+            if results.has_budgets
+            else (directory.scores_figure, plot_scores(results))
+        )
+        write_atomic(path, figure)
         written.append(path)
     width = read_width(directory.width)
     if width is not None:

@@ -2,7 +2,6 @@
 
 import statistics
 
-from experiments.jobs.results import Row
 from experiments.reporting.style import (
     BLUE,
     GREEN,
@@ -63,13 +62,11 @@ def plot_scores(results: Results) -> bytes:
     with_grid(*axes)
     number = len(rows[0].accuracy)
     figure.suptitle(f"{results.name}: {number} seed{'s' * (number > 1)}, bar: mean")
+    averaging = {row.arm for row in rows if row.weights != "iterate"}
     for row, label in zip(rows, axes[0].get_yticklabels(), strict=True):
-        label.set_color(GREY if _is_iterate(row) else "black")
+        averaged = row.weights == "iterate" and row.arm in averaging
+        label.set_color(GREY if averaged else "black")
     return as_png(figure)
-
-
-def _is_iterate(row: Row) -> bool:
-    return row.weights == "iterate" and row.label.startswith("last iterate")
 
 
 def _limits(values: list[list[float]], upwards: bool) -> tuple[float, float]:

@@ -21,6 +21,11 @@ class Results(NamedTuple):
     rows: list[Row]
     comparisons: list[Comparison]
 
+    @property
+    def has_budgets(self) -> bool:
+        """Whether one run is read at several budgets; see `AnyBudget`."""
+        return any(row.arm == "constant" for row in self.rows)
+
     @classmethod
     def read(cls, directory: Workdir) -> Self:
         """Read the file, which is there."""
@@ -94,7 +99,7 @@ def _table(
 
 def make_markdown(results: Results) -> str:
     """The same tables in Markdown; of a job with many budgets, a column for each."""
-    if any(row.arm == "constant" for row in results.rows):
+    if results.has_budgets:
         return _budgets_markdown(results)
     scores = table_cells(results.rows)
     titles = ("Method", "Test accuracy (%)", "Test loss", "Train loss", "ECE (%)")
