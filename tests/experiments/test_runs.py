@@ -83,6 +83,7 @@ def test_runs_of_a_fine_tuning_job(whole):
     assert rows["SWA, 3 more epochs"]["loss"] != rows["SGD, 4 epochs"]["loss"]
 
 
+@pytest.mark.slow
 def test_children_start_from_the_converged_weights(whole, monkeypatch):
     starts = {}
 
@@ -107,6 +108,7 @@ def test_children_start_from_the_converged_weights(whole, monkeypatch):
         np.testing.assert_array_equal(kernel, expected)
 
 
+@pytest.mark.slow
 def test_finished_job_shows_its_results_again(whole, monkeypatch):
     def no_data(*args):
         raise AssertionError("a finished job needs no data")
@@ -120,6 +122,7 @@ def test_finished_job_shows_its_results_again(whole, monkeypatch):
     assert (whole.workdir / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_changed_settings_are_an_error_and_lose_nothing(whole):
     before = final_arrays(whole.workdir)
     with pytest.raises(StorageError, match=r"swa_lr was 0\.05, now 0\.1"):
@@ -313,6 +316,7 @@ def text_job(tiny_model):
     return config, {"train": split, "test": split}
 
 
+@pytest.mark.slow
 def test_stopped_early_is_the_epoch_that_validates_best(tiny):
     # It learns wrong labels by heart in the end.
     config = override(
@@ -439,6 +443,7 @@ def test_signal_saves_first(whole, tmp_path, monkeypatch, signum, status):
     assert_resumed(lines(config.workdir)[before:], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     config = override(whole, workdir=tmp_path / "run", log_every=1)
@@ -455,6 +460,7 @@ def test_second_ctrl_c_ends_the_process_at_once(whole, tmp_path):
     assert "Traceback" not in problems
 
 
+@pytest.mark.slow
 def test_damaged_scores_are_an_error_with_a_cure(whole, tmp_path):
     config = override(whole, workdir=tmp_path / "run")
     shutil.copytree(whole.workdir, config.workdir)

@@ -166,6 +166,7 @@ def test_average_without_finite_statistics_is_an_error_of_its_own(
 AVERAGES = "ema:0.9", "power:0.2", "lawa:2", "swag:3"
 
 
+@pytest.mark.slow
 def test_other_averages_are_those_of_the_weights(tiny_model, split):
     """Each from the weights after every step, in float64."""
     config = override(tiny_model, averages=AVERAGES)
