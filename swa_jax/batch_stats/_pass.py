@@ -7,7 +7,7 @@ old values of the size of its own statistics.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -26,7 +26,7 @@ from swa_jax.batch_stats._checks import (
 from swa_jax.batch_stats._forward import Layout, Outputs
 from swa_jax.batch_stats._judge import Judge, Verdict, flat
 from swa_jax.batch_stats._leaves import Name, find_partners, kept_leaves, some
-from swa_jax.batch_stats._place import placed_like, to_device, to_host
+from swa_jax.batch_stats._place import placed_like, send, to_device, to_host
 from swa_jax.batch_stats._share import Segments, places
 from swa_jax.batch_stats._totals import Totals
 from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
@@ -218,6 +218,7 @@ class _Run(NamedTuple):
     leaves: list[jax.Array]  # of batch_stats, before
     layout: Layout
     outputs: Outputs
+    moved: Callable[[], list[np.ndarray]]  # of the outputs, on the host
 
     @property
     def which(self) -> str:
@@ -443,7 +444,8 @@ class _Pass:
         outputs = self.program.run(
             layout, self.params, leaves, self.device_sizes, weight, batch
         )
-        return _Run(number, batch, weights, leaves, layout, outputs)
+        moved = send(outputs.moved)
+        return _Run(number, batch, weights, leaves, layout, outputs, moved)
 
     def _again(self, run: _Run, *, full: bool = False) -> _Run:
         return self._run(run.number, run.batch, run.weights, run.leaves, full=full)
@@ -562,7 +564,7 @@ class _Pass:
         if not run.layout.moved:
             nothing = np.zeros((len(run.weights), 0))
             return Verdict(nothing, nothing, nothing, nothing, {})
-        fetched = to_host(run.outputs.moved)
+        fetched = run.moved()
         local = flat(fetched if self.devices else [x[None] for x in fetched], 2)
         everywhere = local[:, :2]
         if self.axis is not None:
