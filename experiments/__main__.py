@@ -230,8 +230,8 @@ def _run(job: Config | TuneJob) -> None:
             from experiments.jobs.main import train_and_evaluate
             from experiments.reporting.report import conclude
 
-            train_and_evaluate(config, console)
-            conclude(config.directory, console)
+            if train_and_evaluate(config, console):
+                conclude(config.directory, console)
 
 
 def _report(job: ReportJob) -> None:

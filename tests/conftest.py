@@ -1,11 +1,14 @@
-"""One environment for all tests: CPU only, eight devices, and JAX at its strictest."""
+"""One environment for all tests: CPU only, eight devices, and JAX at its strictest.
+
+With SWA_JAX_TEST_PLATFORM=cuda or tpu they run on the accelerators that are there.
+"""
 
 import collections
 import os
 import zlib
 
 # Before anything imports jax: these are read once, when the backend starts.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("SWA_JAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -16,6 +19,8 @@ import jax.experimental
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Accelerators multiply float32 with fewer digits, unless they are asked not to.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow

@@ -20,11 +20,18 @@ from experiments.training.any_budget import AnyBudget
 from experiments.training.optimizer import Optimizer
 from experiments.training.protocols import FineTune, SideBySide
 
+# One training run, and its averages.
+_AVERAGES = (
+    *("ema:0.99", "ema:0.995", "ema:0.999"),
+    *("power:0.05", "power:0.1", "power:0.2"),
+    *("lawa:5", "swag:30"),
+)
+
 _DIGITS = Config(
     data=Digits(batch_size=32, eval_batch_size=224),
     model=ConvNet(widths=(16, 32, 32), strides=(1, 2, 1)),
     optimizer=Optimizer(learning_rate=0.4, weight_decay=5e-4),
-    protocol=SideBySide(epochs=40, swa_epochs=(5, 10), swa_lr=0.2),
+    protocol=SideBySide(epochs=40, swa_epochs=(5, 10), swa_lr=0.2, averages=_AVERAGES),
     seeds=5,
 )
 _DIGITS_TUNING = Tuning(tune_seeds=5, tune_learning_rates=(0.1, 0.2, 0.4))
@@ -78,7 +85,13 @@ Rates and weight decay: python -m experiments tune fashion_mnist, likewise
 _5000_IMAGES = override(_FASHION_MNIST, train_examples=5000)
 _FINE_TUNE_5000 = dataclasses.replace(
     _5000_IMAGES,
-    protocol=FineTune(epochs=30, swa_epochs=(5, 10), swa_lr=0.05, control_lr=0.001),
+    protocol=FineTune(
+        epochs=30,
+        swa_epochs=(5, 10),
+        swa_lr=0.05,
+        control_lr=0.001,
+        averages=_AVERAGES,
+    ),
 )
 
 experiment(
@@ -128,12 +141,6 @@ Run time: about an hour on 2 CPU cores, by its 9,000 images a second.
 Rates and weight decay: python -m experiments tune fashion_mnist_60000
 """,
 )
-# One training run, and its averages.
-_AVERAGES = (
-    *("ema:0.99", "ema:0.995", "ema:0.999"),
-    *("power:0.05", "power:0.1", "power:0.2"),
-    *("lawa:5", "swag:30"),
-)
 
 
 def _noisy_labels(name: str, noise: float, **rates: float) -> None:
@@ -144,7 +151,6 @@ def _noisy_labels(name: str, noise: float, **rates: float) -> None:
             validation_examples=5000,
             label_noise=noise,
             swa_epochs=(10,),
-            averages=_AVERAGES,
             early_stopping=True,
             width_plot=False,
             **rates,
@@ -194,7 +200,7 @@ experiment(
 Command: python -m experiments any_budget
 Expected: docs/results/any_budget.
 Run time: 16 minutes on 2 CPU cores.
-Rates: python -m experiments tune any_budget, which searches the weight decay as well
+Rates, with the weight decay of noisy_labels_0: python -m experiments tune any_budget
 """,
 )
 
@@ -207,7 +213,11 @@ experiment(
         model=Transformer(layers=2, heads=4, width=64),
         optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
         protocol=FineTune(
-            epochs=15, swa_epochs=(5, 10), swa_lr=2.5e-4, control_lr=1e-4
+            epochs=15,
+            swa_epochs=(5, 10),
+            swa_lr=2.5e-4,
+            control_lr=1e-4,
+            averages=_AVERAGES,
         ),
         seeds=5,
     ),

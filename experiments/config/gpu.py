@@ -1,4 +1,6 @@
-"""The named experiments that want an accelerator, with the networks of publications."""
+"""The named experiments that want an accelerator."""
+
+import dataclasses
 
 from experiments.config.registry import experiment
 from experiments.config.schema import (
@@ -6,33 +8,41 @@ from experiments.config.schema import (
     FineTuneTuning,
     Saving,
     Tuning,
+    override,
 )
 from experiments.data.cifar import Cifar10, Cifar100
 from experiments.data.fashion_mnist import FashionMnist
 from experiments.data.imagenet import ImageNet
+from experiments.data.shakespeare import Shakespeare
 from experiments.models import Model
+from experiments.models.convnet import ConvNet
 from experiments.models.preresnet import PreResNet
 from experiments.models.resnet import STAGES, ResNet
+from experiments.models.transformer import Transformer
 from experiments.models.vgg import VGG16
 from experiments.models.wide_resnet import WideResNet
+from experiments.training.any_budget import AnyBudget
 from experiments.training.optimizer import Optimizer
 from experiments.training.protocols import Budgets, FineTune, SideBySide
 
 
-# The published networks and rates on data that are here, at a fifth of the depth. The
-# rates have not been tuned for them.
-def _on_a_gpu(name: str, model: Model, weight_decay: float) -> None:
+# The published networks on data that are here, narrower or less deep.
+def _on_a_gpu(name: str, model: Model, noise: float, **rates: float) -> None:
     config = Config(
-        data=FashionMnist(batch_size=128, eval_batch_size=1000, max_shift=2, flip=True),
-        model=model,
-        optimizer=Optimizer(
-            learning_rate=0.1, weight_decay=weight_decay, decay_all=True
+        data=FashionMnist(
+            batch_size=128,
+            eval_batch_size=1000,
+            max_shift=2,
+            flip=True,
+            label_noise=noise,
         ),
+        model=model,
+        optimizer=Optimizer(learning_rate=0.1, weight_decay=5e-4, decay_all=True),
         protocol=SideBySide(
-            epochs=20,
-            swa_epochs=(5,),
-            swa_lr=0.05,
-            averages=("ema:0.995", "ema:0.999", "power:0.1", "lawa:3"),
+            epochs=10,
+            swa_epochs=(3,),
+            swa_lr=0.025,
+            averages=("ema:0.99", "ema:0.999", "power:0.05", "power:0.1", "lawa:3"),
             early_stopping=True,
         ),
         seeds=3,
@@ -40,19 +50,83 @@ def _on_a_gpu(name: str, model: Model, weight_decay: float) -> None:
     )
     experiment(
         name,
-        config,
-        Tuning(),
-        f"""{type(model).__name__} on Fashion-MNIST: wants a GPU; try --label-noise 0.4.
+        override(config, **rates),
+        Tuning(tune_weight_decays=(5e-4,)),
+        f"""{type(model).__name__} on Fashion-MNIST, {noise:.0%} of its labels random.
 
 Command: python -m experiments {name}
-Expected: not recorded yet.
-Run time: not measured.
+Expected: docs/results/{name}.
+Run time: a few minutes on an H200.
+Rates: python -m experiments tune {name}
 """,
     )
 
 
-_on_a_gpu("fashion_mnist_preresnet", PreResNet(20, dtype="bfloat16"), 3e-4)
-_on_a_gpu("fashion_mnist_wide_resnet", WideResNet(16, 4, dtype="bfloat16"), 5e-4)
+_PRERESNET = PreResNet(20, dtype="bfloat16")
+_WIDE_RESNET = WideResNet(16, 2, dtype="bfloat16")
+_on_a_gpu("fashion_mnist_preresnet", _PRERESNET, 0.0)
+_on_a_gpu("fashion_mnist_preresnet_noisy", _PRERESNET, 0.4)
+_on_a_gpu("fashion_mnist_wide_resnet", _WIDE_RESNET, 0.0, learning_rate=0.2)
+_on_a_gpu("fashion_mnist_wide_resnet_noisy", _WIDE_RESNET, 0.4)
+
+_ANY_BUDGET = AnyBudget(
+    epochs=40,
+    read_at=(5, 10, 20, 40),
+    swa_lr=0.1,
+    averages=("ema:0.99", "ema:0.997", "power:0.1"),
+)
+experiment(
+    "any_budget_60000",
+    Config(
+        data=FashionMnist(
+            hold_out=False, batch_size=256, eval_batch_size=500, max_shift=2, flip=True
+        ),
+        model=ConvNet(widths=(16, 32, 32), strides=(2, 2, 1)),
+        optimizer=Optimizer(learning_rate=0.4, weight_decay=1.25e-4),
+        protocol=_ANY_BUDGET,
+        seeds=3,
+        saving=Saving(checkpoint_every=5000, width_plot=False),
+    ),
+    Tuning(
+        tune_learning_rates=(0.2, 0.4, 0.8),
+        tune_weight_decays=(1.25e-4,),
+        tune_swa_lrs=(0.1, 0.2, 0.4),
+    ),
+    """`any_budget` on all of Fashion-MNIST, shifted and mirrored, with batches of 256.
+
+Command: python -m experiments any_budget_60000
+Expected: docs/results/any_budget_60000.
+Run time: a few minutes on an H200.
+Rates, with the weight decay of fashion_mnist_60000:
+python -m experiments tune any_budget_60000
+""",
+)
+experiment(
+    "any_budget_shakespeare",
+    Config(
+        data=Shakespeare(
+            train_examples=4000, batch_size=32, eval_batch_size=200, context=64
+        ),
+        model=Transformer(layers=2, heads=4, width=64),
+        optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
+        protocol=dataclasses.replace(_ANY_BUDGET, swa_lr=2e-3),
+        seeds=5,
+        saving=Saving(checkpoint_every=5000, width_plot=False),
+    ),
+    Tuning(
+        tune_learning_rates=(4e-3, 8e-3),
+        tune_weight_decays=(1.6,),
+        tune_swa_lrs=(1e-3, 2e-3, 4e-3),
+    ),
+    """`any_budget` for the language model of `shakespeare`, with AdamW.
+
+Command: python -m experiments any_budget_shakespeare
+Expected: docs/results/any_budget_shakespeare.
+Run time: a few minutes on an H200.
+Rates, with the weight decay of `shakespeare`:
+python -m experiments tune any_budget_shakespeare
+""",
+)
 
 
 # The original repository's settings: github.com/timgaripov/swa, README.md at commit

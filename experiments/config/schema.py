@@ -17,6 +17,7 @@ from experiments.models import Model
 from experiments.runtime.checks import (
     ALL_POSITIVE,
     AT_LEAST_1,
+    check,
     check_settings,
 )
 from experiments.runtime.processes import ONE_PROCESS, Cluster
@@ -59,7 +60,10 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The first grid of each rate, which grows while its best value is at an edge."""
+    """The first grid of each rate, which grows while its best value is at an edge.
+
+    One value is kept, as a setting that is not searched.
+    """
 
     tune_seeds: int = 1
     """Number of seeds behind each cell of the tuning tables."""
@@ -122,9 +126,20 @@ class Config:
     cluster: Cluster = ONE_PROCESS
     """The processes of a job on many hosts."""
 
+    share: tuple[int, int] = (1, 1)
+    """Do a part of the runs alone, such as the second of six: --share 2 6. All parts
+    may be at work at once in one work directory; the same command without it then
+    writes the results."""
+
     def __post_init__(self) -> None:
         """Reject settings that cannot run."""
         check_settings(self, AT_LEAST_1, "seeds")
+        part, parts = self.share
+        check(
+            1 <= part <= parts,
+            f"share is {part} {parts}; the first number says which part, from 1 to the"
+            " second, as in --share 2 6.",
+        )
 
     @property
     def network(self) -> Model:
@@ -140,7 +155,7 @@ class Config:
     @property
     def directory(self) -> Workdir:
         """The work directory."""
-        return Workdir(self.workdir)
+        return Workdir(self.workdir, self.share)
 
     def alone(self) -> Self:
         """The same on one device of one process: a state is the same everywhere."""
@@ -159,7 +174,7 @@ def _names(part: Any) -> set[str]:
 # watched, and which processes are at work, not what is computed. `parallel` is not
 # among them: strategies differ in what dropout draws, and in rounding. Of finished
 # runs, as many seeds are shown as are asked for.
-FREE = _names(Saving) | _names(Cluster) | {"workdir", "data_dir", "seeds"}
+FREE = _names(Saving) | _names(Cluster) | {"workdir", "data_dir", "seeds", "share"}
 # Those in which the processes of a job may differ: each has its own disk.
 _OWN = _names(Cluster) | {"workdir", "data_dir"}
 

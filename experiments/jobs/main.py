@@ -3,6 +3,7 @@
 Here alone the whole configuration is seen; each room gets its part.
 """
 
+import collections
 import dataclasses
 import json
 import time
@@ -62,7 +63,7 @@ class Trainer:
         return Scorer(self.config.network, self.splits, size, self.strategy, limit)
 
 
-def train_and_evaluate(config: Config, console: rich.console.Console) -> None:
+def train_and_evaluate(config: Config, console: rich.console.Console) -> bool:
     """Run the whole comparison; write its files into `config.workdir`.
 
     Runs that are finished are kept, and a run that was stopped goes on where it was.
@@ -70,6 +71,9 @@ def train_and_evaluate(config: Config, console: rich.console.Console) -> None:
     Args:
         config: The experiment.
         console: Shows the progress bar.
+
+    Returns:
+        Whether the results are written: not by a share of the job.
 
     Raises:
         DataUnavailableError: The data set cannot be had, or not as asked for.
@@ -96,7 +100,49 @@ def train_and_evaluate(config: Config, console: rich.console.Console) -> None:
             _run_all(config, plan, runs, console)
             seconds = time.monotonic() - started
             console.print(f"{seconds:.0f} s; see {config.workdir}", soft_wrap=True)
+        part, parts = config.share
+        if parts > 1:
+            console.print(
+                f"share {part} of {parts} is done; when all are, the same command"
+                " without --share writes the results.",
+                soft_wrap=True,
+            )
+            return False
         _write_results(config, plan, runs)
+    return True
+
+
+def share_of_runs(
+    steps: Mapping[str, int],
+    roots: Mapping[str, str],
+    seeds: int,
+    share: tuple[int, int],
+) -> set[tuple[str, int]]:
+    """Which runs, by arm and seed, are one share of a job, so that all take as long.
+
+    A run that starts from another is in the share of that one.
+
+    Args:
+        steps: Of each arm.
+        roots: The arm that each starts from, in the end; itself if from none.
+        seeds: How many.
+        share: Which one, from 1, and of how many.
+    """
+    groups = collections.Counter(
+        {
+            (root, seed): sum(n for arm, n in steps.items() if roots[arm] == root)
+            for root in dict.fromkeys(roots.values())
+            for seed in range(seeds)
+        }
+    )
+    loads = [0] * share[1]
+    found: set[tuple[str, int]] = set()
+    for (root, seed), number in groups.most_common():
+        least = loads.index(min(loads))
+        loads[least] += number
+        if least == share[0] - 1:
+            found |= {(arm, seed) for arm in steps if roots[arm] == root}
+    return found
 
 
 def _run_all(
@@ -111,7 +157,9 @@ def _run_all(
     console.print(f"{config.name}: {sizes} examples of {splits['train'].source}")
     trainer = Trainer(config, splits)
     compiled = {arm.name: trainer.compile(arm) for arm in plan}
-    total = sum(arm.steps for arm in compiled.values()) * config.seeds
+    steps = {name: arm.steps for name, arm in compiled.items()}
+    mine = share_of_runs(steps, plan.roots, config.seeds, config.share)
+    total = sum(steps[name] for name, _ in mine)
     header = {
         "config": settings_of(config),
         "scored_by": config.data.scored_by,
@@ -120,19 +168,21 @@ def _run_all(
     with (
         stop_on_signal() as stopper,
         open_log(directory, header, processes.is_main()) as log,
-        progress_bar(console, len(runs), total, config.data.batch_size) as bar,
+        progress_bar(console, len(mine), total, config.data.batch_size) as bar,
     ):
         scorer = trainer.scorer()
         outputs = Outputs(directory, config.saving, scorer, log, bar, stopper)
         # A seed at a time, so that a table can be built up seed by seed.
         for seed in range(config.seeds):
             for name, arm in compiled.items():
+                if (name, seed) not in mine:
+                    continue
                 if runs[name, seed] is not None:
                     bar.skip_run(f"{arm.arm.label}, seed {seed}", arm.steps)
                     continue
                 parent = compiled[arm.arm.parent] if arm.arm.parent else None
                 runs[name, seed] = execute(arm, seed, outputs, parent)
-    if config.saving.width_plot:
+    if config.saving.width_plot and len(mine) == len(runs):
         console.print("measuring the loss around the solutions, for width.png")
         measure_width(
             directory,

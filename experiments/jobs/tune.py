@@ -48,6 +48,8 @@ def search_grid(
 ) -> float:
     """Return the best of a grid, which grows while its best value is at an edge.
 
+    A grid of one value stays: it is not searched.
+
     Args:
         start: First values, at least one.
         merit: Evaluates a value; called once for each. Larger is better.
@@ -55,6 +57,8 @@ def search_grid(
         at_edge: Told of a best value that is at an edge still when growing ends.
     """
     merits = {value: merit(value) for value in sorted(start)}
+    if len(merits) == 1:
+        return start[0]
     for _ in range(MAX_EXTENSIONS):
         best = max(merits, key=merits.__getitem__)
         if best == max(merits):
@@ -147,16 +151,23 @@ class _Tuner:
         return merit(config.data.scored_by, trials)
 
     def _run_arm(self, trainer: Trainer, arm: Arm, parent: Arm | None) -> list[Trial]:
-        earlier = self._record.find(_setting(trainer.config, arm), _tuned_labels(arm))
+        earlier = self._find(_setting(trainer.config, arm), _tuned_labels(arm))
         trials = earlier or self._train(trainer, arm, parent)
         for trial in trials:
             note = "(known from tuning.json)" if earlier else ""
             cells = (*_cells(trial), note)
             self._console.print("  ".join(filter(None, cells)), soft_wrap=True)
-        self.trials += trials
+        self.trials += [trial for trial in trials if trial not in self.trials]
         if not earlier:
             self._record.write(self.trials, None)
         return trials
+
+    def _find(self, setting: Setting, labels: list[str]) -> list[Trial] | None:
+        """A cell that another search tried, or an earlier process."""
+        known = {t.label: t for t in self.trials if t.setting == setting}
+        if known:
+            return [known[label] for label in labels]
+        return self._record.find(setting, labels)
 
     def _train(self, trainer: Trainer, arm: Arm, parent: Arm | None) -> list[Trial]:
         """Train an arm with every tuning seed, its parent first where that is new."""

@@ -13,6 +13,7 @@ one event of a run, which `arm` and `seed` name:
 - `resumed`: step; `finished`.
 
 A run that was killed repeats some events when it goes on; the last of each counts.
+Shares of a job that were at work at once have a file each, metrics-1-of-2.jsonl.
 """
 
 import contextlib
@@ -155,7 +156,7 @@ class ParsedLog(NamedTuple):
 
 
 def read_log(path: pathlib.Path) -> ParsedLog:
-    """Read metrics.jsonl, also while a job writes it.
+    """Read metrics.jsonl and those of shares, also while a job writes them.
 
     Raises:
         StorageError: It is not there, or is not a job's log.
@@ -176,6 +177,11 @@ def read_log(path: pathlib.Path) -> ParsedLog:
             f"{path} does not begin with a job's configuration; name the --workdir of"
             " a job that has begun to train."
         ) from error
+    for share in sorted(path.parent.glob("metrics-*-of-*.jsonl")):
+        if share != path:
+            text = share.read_text()
+            events = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+            lines += [line for line in events if line["event"] != "config"]
     last: dict[tuple[Any, ...], Line] = {}
     for line in lines:
         if line["event"] == "config":

@@ -40,11 +40,18 @@ class Run:
 class Workdir:
     """Owns the names of a job's files."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Nothing is made or read yet."""
+    def __init__(self, path: pathlib.Path, share: tuple[int, int] = (1, 1)) -> None:
+        """Nothing is made or read yet.
+
+        Args:
+            path: The directory.
+            share: Which part of the job this one does, of how many that may be at work
+                here at once. The first of one does the whole job.
+        """
         self.path = path
         self.config = path / "config.json"
-        self.metrics = path / "metrics.jsonl"
+        self._part = "" if share[1] == 1 else "-{}-of-{}".format(*share)
+        self.metrics = path / f"metrics{self._part}.jsonl"
         self.results = path / "results.json"
         self.markdown = path / "results.md"
         self.curves = path / "curves.png"
@@ -83,7 +90,15 @@ class Workdir:
             if settings is not None:
                 self._claim(settings, free)
 
-        with self._lock(".lock", "another job", claim):
+        if not self._part:
+            with self._lock(".lock", "another job", claim):
+                yield
+            return
+        others = fcntl.LOCK_SH  # other shares may be at work, the whole job may not
+        with (
+            self._lock(".lock", "the whole job", claim, others),
+            self._lock(f".lock{self._part}", "the same share of the job", lambda: None),
+        ):
             yield
 
     @contextlib.contextmanager
@@ -98,14 +113,20 @@ class Workdir:
             yield
 
     @contextlib.contextmanager
-    def _lock(self, name: str, who: str, work: Callable[[], None]) -> Iterator[None]:
+    def _lock(
+        self,
+        name: str,
+        who: str,
+        work: Callable[[], None],
+        kind: int = fcntl.LOCK_EX,
+    ) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
 
             def take() -> None:
                 try:
                     self.path.mkdir(parents=True, exist_ok=True)
                     lock = stack.enter_context((self.path / name).open("a"))
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, kind | fcntl.LOCK_NB)
                     work()
                 except BlockingIOError:
                     raise StorageError(

@@ -89,6 +89,14 @@ class Plan:
         return None if arm.parent is None else self[arm.parent]
 
     @property
+    def roots(self) -> dict[str, str]:
+        """For each arm, the one that it starts from in the end: itself if from none."""
+        found: dict[str, str] = {}
+        for arm in self:
+            found[arm.name] = found[arm.parent] if arm.parent else arm.name
+        return found
+
+    @property
     def averaging(self) -> list[Arm]:
         """The arms that average."""
         return [arm for arm in self if arm.averages]

@@ -53,7 +53,12 @@ class Windows(Protocol):
     """Averaging windows, in epochs: the last ones of an arm with as many epochs as the
     plain one, or, when fine-tuning, epochs on top of the converged baseline."""
 
+    averages: tuple[str, ...] = ()
+    """Other averages of the arm with the longest window, at no further training:
+    ema:DECAY, power:SIGMA_REL (both of every step), lawa:EPOCHS, swag:SAMPLES."""
+
     def _check_windows(self, last: float) -> None:
+        check_averages(self.averages)
         check(
             len(self.swa_epochs) > 0,
             "swa_epochs is empty; name at least one averaging window, such as"
@@ -76,10 +81,6 @@ class Windows(Protocol):
 class SideBySide(Windows):
     """Plain training and an arm for each window, from scratch, equally long."""
 
-    averages: tuple[str, ...] = ()
-    """Other averages of the arm with the longest window, at no further training:
-    ema:DECAY, power:SIGMA_REL (both of every step), lawa:EPOCHS, swag:SAMPLES."""
-
     early_stopping: bool = False
     """Score plain training also where its validation accuracy was best."""
 
@@ -87,7 +88,6 @@ class SideBySide(Windows):
         """Reject settings that cannot run."""
         super().__post_init__()
         self._check_windows(self.epochs - 1)
-        check_averages(self.averages)
 
     def plan(self, optimizer: Optimizer, batch_norm: bool) -> Plan:
         """Plain training first, then from the shortest window."""
@@ -155,6 +155,7 @@ class FineTune(Windows):
             "first_epoch": start,
         }
         averages = {start + n: f"SWA, {_more(n)}" for n in windows}
+        others = tuple(map(parse, self.averages))
         swa = Arm(
             name="swa",
             label=f"SWA at {self.swa_lr:g}",
@@ -162,7 +163,9 @@ class FineTune(Windows):
             readouts=(
                 *_average_readouts(averages, batch_norm),
                 iterate(f"SWA's last iterate ({self.swa_lr:g})", last),
+                *other_readouts(others, last),
             ),
+            others=others,
             averages_from=start + 1,
             tuned_by=("average",),
             **child,
