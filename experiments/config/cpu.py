@@ -23,7 +23,7 @@ from experiments.training.protocols import FineTune, SideBySide
 # One training run, and its averages.
 _AVERAGES = (
     *("ema:0.99", "ema:0.995", "ema:0.999"),
-    *("power:0.05", "power:0.1", "power:0.2"),
+    *("power:0.05", "power:0.1", "power:0.2", "posthoc:0.075", "posthoc:0.15"),
     *("lawa:5", "swag:30"),
 )
 

@@ -83,7 +83,9 @@ experiment(
         ),
         model=ConvNet(widths=(16, 32, 32), strides=(2, 2, 1)),
         optimizer=Optimizer(learning_rate=0.4, weight_decay=1.25e-4),
-        protocol=_ANY_BUDGET,
+        protocol=dataclasses.replace(
+            _ANY_BUDGET, swa_lr=0.2, peaks=(1.6, 1.6, 0.8, 0.4)
+        ),
         seeds=3,
         saving=Saving(checkpoint_every=5000, width_plot=False),
     ),

@@ -68,7 +68,7 @@ class DataSet:
     # Scored by accuracy, or by loss.
     scored_by: ClassVar[str] = "accuracy"
     # Examples behind a point of width.png, of which there are hundreds.
-    width_examples: ClassVar[int] = 2000
+    width_examples: ClassVar[Mapping[str, int]] = {"train": 5000}
     # Whether files are decoded when a batch needs them, as is not the case of what
     # fits into memory.
     stored: ClassVar[bool] = False

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Shakespeare(DataSet):
     """
 
     scored_by = "loss"
-    width_examples = 400
+    width_examples: ClassVar[Mapping[str, int]] = {"train": 400, "test": 400}
 
     context: int
     """Tokens in a row of text."""

@@ -57,10 +57,12 @@ class Trainer:
             self.strategy,
         )
 
-    def scorer(self, limit: int | None = None) -> Scorer:
+    def scorer(self, limits: Mapping[str, int] | None = None) -> Scorer:
         """A scorer on the splits, or on their first examples."""
         size = self.config.data.eval_batch_size
-        return Scorer(self.config.network, self.splits, size, self.strategy, limit)
+        return Scorer(
+            self.config.network, self.splits, size, self.strategy, limits or {}
+        )
 
 
 def train_and_evaluate(config: Config, console: rich.console.Console) -> bool:
@@ -189,6 +191,7 @@ def _run_all(
             compiled[plan.baseline.name],
             compiled[plan.longest.name],
             trainer.scorer(config.data.width_examples),
+            config.data.scored_by,
         )
 
 

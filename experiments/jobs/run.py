@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import swa_jax
 from experiments.config.schema import Saving
+from experiments.jobs.snapshots import Snapshots
 from experiments.runtime import processes
 from experiments.runtime.errors import StoppedError, StorageError
 from experiments.runtime.files import write_json
@@ -118,6 +119,7 @@ class _RunHooks(Hooks):
     ) -> None:
         self._compiled, self._seed, self._run = compiled, seed, run
         self._store, self._outputs = store, outputs
+        self._snapshots = Snapshots(run.snapshots, compiled.arm)
         self.scores: dict[str, Score] = {}
         self.seconds_before = 0.0
         self._started = time.monotonic()
@@ -151,6 +153,7 @@ class _RunHooks(Hooks):
         arm, scorer = self._compiled.arm, self._outputs.scorer
         if arm.averages_at(epoch):
             self._log_average(epoch, step, state)
+        self._snapshots.keep(epoch, step, state)
         self._stop_early(epoch, state)
         readouts = [r for r in arm.readouts if r.epoch == epoch and not r.stopped_early]
         wanted: list[Weights] = [r.weights for r in readouts]
@@ -158,13 +161,24 @@ class _RunHooks(Hooks):
             wanted += ["iterate"]
             wanted += ["average"] if arm.averages_at(epoch) else []
         for weights in dict.fromkeys(wanted):
-            networks = scorer.networks(arm, state, weights)
+            networks = self._networks(step, state, weights)
             score = scorer.score(networks, "test")
             if weights in ("iterate", "average"):
                 self._write("test", epoch=epoch, weights=weights, **score._asdict())
             for readout in readouts:
                 if readout.weights == weights:
                     self.scores[readout.label] = self._score(networks, score)
+
+    def _networks(
+        self, step: int, state: TrainState, weights: Weights
+    ) -> list[Network]:
+        """What a readout names, also where it is put together afterwards."""
+        arm, scorer = self._compiled.arm, self._outputs.scorer
+        for other in arm.others:
+            if other.name == weights and other.make is None:
+                params = self._snapshots.read(other, step, state.params)
+                return [scorer.fitted(params, state.batch_stats)]
+        return scorer.networks(arm, state, weights)
 
     def _score(self, networks: list[Network], test: Evaluation) -> Score:
         scorer = self._outputs.scorer

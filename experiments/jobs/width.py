@@ -20,19 +20,25 @@ from experiments.training.scoring import Scorer, averaged_variables
 from experiments.training.step import CompiledArm
 
 PyTree = Any
-# From parameters to the train loss in nats and the test error in percent.
-ScoreFn = Callable[[PyTree], tuple[float, float]]
+# From parameters to what `Surface` has of them.
+Scores = tuple[float, float, float]
+ScoreFn = Callable[[PyTree], Scores]
 
 
 class Surface(NamedTuple):
-    """What was measured at some points; both lists are nested alike."""
+    """What was measured at some points; the lists are nested alike."""
 
     train_loss: list[Any]  # nats
+    test_loss: list[Any]  # nats
     test_error: list[Any]  # percent
 
 
 def measure_width(
-    directory: Workdir, plain: CompiledArm, swa: CompiledArm, scorer: Scorer
+    directory: Workdir,
+    plain: CompiledArm,
+    swa: CompiledArm,
+    scorer: Scorer,
+    scored_by: str,
 ) -> None:
     """Write width.json from the checkpoints of the first seed's finished runs.
 
@@ -41,6 +47,7 @@ def measure_width(
         plain: Whose solution stands beside SWA's.
         swa: The arm that averages.
         scorer: On the examples behind each point.
+        scored_by: What the figure shows of the test split: accuracy, or loss.
 
     Raises:
         StorageError: A run's final checkpoint cannot be read.
@@ -53,16 +60,17 @@ def measure_width(
         "SWA's last iterate": swa_state.params,
     }
 
-    def score(params: PyTree) -> tuple[float, float]:
+    def score(params: PyTree) -> Scores:
         try:
             network = scorer.fitted(params, plain_state.batch_stats)
         except FloatingPointError:
-            return math.nan, math.nan  # far out: a hole in the figure
+            return math.nan, math.nan, math.nan  # far out: a hole in the figure
         train, test = (scorer.score(network, split) for split in ("train", "test"))
-        return train.loss, 100 * (1 - test.accuracy)
+        return train.loss, test.loss, 100 * (1 - test.accuracy)
 
     found = measure(score, solutions)
-    write_json(directory.width, {"examples": scorer.examples, **found})
+    about = {"scored_by": scored_by, "examples": scorer.examples}
+    write_json(directory.width, {**about, **found})
 
 
 def random_directions(size: int, count: int, seed: int) -> np.ndarray:
@@ -124,7 +132,7 @@ def measure(
     points = np.stack([np.asarray(ravel_pytree(p)[0]) for p in solutions.values()])
     distance = float(np.linalg.norm(points[1] - points[0]))
 
-    def at(flat: np.ndarray) -> tuple[float, float]:
+    def at(flat: np.ndarray) -> Scores:
         return score(unravel(jnp.asarray(flat, jnp.float32)))
 
     radii = np.linspace(0, 4 * distance, num_radii + 1)
@@ -151,7 +159,9 @@ def measure(
 
 
 def _measure_plane(
-    at: Callable[[np.ndarray], tuple[float, float]], points: np.ndarray, grid: int
+    at: Callable[[np.ndarray], Scores],
+    points: np.ndarray,
+    grid: int,
 ) -> dict[str, Any] | None:
     basis = plane_basis(points)
     if basis is None:
@@ -173,5 +183,4 @@ def _measure_plane(
 
 
 def _surface(scores: Sequence[Any]) -> Surface:
-    losses, errors = np.moveaxis(np.asarray(scores, np.float64), -1, 0)
-    return Surface(losses.tolist(), errors.tolist())
+    return Surface(*np.moveaxis(np.asarray(scores, np.float64), -1, 0).tolist())

@@ -127,7 +127,7 @@ def _measure_width(config: Config, console: rich.console.Console) -> str | None:
     trainer = Trainer(config.alone(), splits)
     plain, swa = map(trainer.compile, arms)
     scorer = trainer.scorer(config.data.width_examples)
-    measure_width(directory, plain, swa, scorer)
+    measure_width(directory, plain, swa, scorer, config.data.scored_by)
     return None
 
 

@@ -35,6 +35,7 @@ class Run:
         self.directory = runs / self.name
         self.checkpoints = self.directory / "checkpoints"
         self.finished = self.directory / "finished.json"
+        self.snapshots = self.directory / "snapshots"
 
 
 class Workdir:

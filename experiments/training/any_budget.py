@@ -29,7 +29,8 @@ class AnyBudget(Protocol):
     """The budgets, in epochs; the last one is `epochs`."""
 
     averages: tuple[str, ...]
-    """What is read: ema:DECAY, power:SIGMA_REL, lawa:EPOCHS or swag:SAMPLES."""
+    """What is read: ema:DECAY, power:SIGMA_REL, posthoc:SIGMA_REL, lawa:EPOCHS or
+    swag:SAMPLES."""
 
     peaks: tuple[float, ...] = ()
     """Peak rate of each budget's cosine. Empty: `learning_rate` for all."""

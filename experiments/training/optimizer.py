@@ -75,7 +75,11 @@ def make_optimizer(
         first = arm.averages_from - arm.first_epoch
         average = swa_jax.swa(start_step=first * steps, period=steps)
         links.append(swa_jax.with_batch_stats(average, batch_stats))
-        others = [(each.name, each.make(first * steps, steps)) for each in arm.others]
+        others = [
+            (each.name, each.make(first * steps, steps))
+            for each in arm.others
+            if each.make is not None
+        ]
         if others:
             return optax.named_chain(("optimizer", optax.chain(*links)), *others)
     return optax.chain(*links)

@@ -55,7 +55,8 @@ class Windows(Protocol):
 
     averages: tuple[str, ...] = ()
     """Other averages of the arm with the longest window, at no further training:
-    ema:DECAY, power:SIGMA_REL (both of every step), lawa:EPOCHS, swag:SAMPLES."""
+    ema:DECAY, power:SIGMA_REL (both of every step), posthoc:SIGMA_REL (from two of
+    power), lawa:EPOCHS, swag:SAMPLES."""
 
     def _check_windows(self, last: float) -> None:
         check_averages(self.averages)

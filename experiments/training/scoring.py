@@ -133,7 +133,7 @@ class Scorer:
         splits: Mapping[str, Split],
         batch_size: int,
         strategy: Strategy,
-        limit: int | None = None,
+        limits: Mapping[str, int],
     ) -> None:
         """Score `model`, a network that is built.
 
@@ -142,10 +142,11 @@ class Scorer:
             splits: "train" among them, whose inputs the BatchNorm pass sees.
             batch_size: Of evaluation; rounded up to a multiple of the devices.
             strategy: The devices.
-            limit: Use so many examples of each split, up to whole batches. None: all.
+            limits: So many examples of these splits, up to whole batches; of the
+                others, all.
         """
         self.model = model
-        self._splits, self._limit, self._strategy = splits, limit, strategy
+        self._splits, self._limits, self._strategy = splits, limits, strategy
         self._batch_size = -(-batch_size // strategy.devices) * strategy.devices
         self._share = own_share()
 
@@ -154,11 +155,11 @@ class Scorer:
         """How many examples of each split are scored."""
         size = self._batch_size
 
-        def scored(number: int) -> int:
-            wanted = number if self._limit is None else min(number, self._limit)
+        def scored(name: str, number: int) -> int:
+            wanted = min(number, self._limits.get(name, number))
             return min(number, -(-wanted // size) * size)
 
-        return {n: scored(split.num_examples) for n, split in self._splits.items()}
+        return {n: scored(n, split.num_examples) for n, split in self._splits.items()}
 
     def networks(self, arm: Arm, state: TrainState, weights: Weights) -> list[Network]:
         """What a readout names: one network, or those that predict together."""
@@ -212,7 +213,10 @@ class Scorer:
 
     def _inputs(self) -> Iterator[PyTree]:
         batches = InputBatches(
-            self._splits["train"], self._batch_size, self._limit, self._share
+            self._splits["train"],
+            self._batch_size,
+            self._limits.get("train"),
+            self._share,
         )
         for index, inputs in enumerate(batches):
             whole = batches.is_whole(index)
@@ -236,7 +240,10 @@ class Scorer:
             ValueError: The split holds no example.
         """
         batches = EvalBatches(
-            self._splits[split], self._batch_size, limit or self._limit, self._share
+            self._splits[split],
+            self._batch_size,
+            limit or self._limits.get(split),
+            self._share,
         )
         share = self._strategy.share
         networks = network if isinstance(network, list) else [network]

@@ -36,6 +36,7 @@ def tiny_model(data_dir: pathlib.Path) -> Config:
         weight_decay=5e-4,
         widths=(4, 4),
         strides=(2, 2),
+        averages=(),
         width_plot=False,
     )
 

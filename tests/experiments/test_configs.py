@@ -23,9 +23,13 @@ def test_every_experiment_is_described():
         "fashion_mnist_5000",
         "fashion_mnist_60000",
         "shakespeare",
-        "any_budget",
+        *(f"any_budget{data}" for data in ("", "_60000", "_shakespeare")),
         *(f"noisy_labels{share}" for share in ("", "_20", "_0")),
-        *(f"fashion_mnist_{name}" for name in ("preresnet", "wide_resnet")),
+        *(
+            f"fashion_mnist_{name}{noise}"
+            for name in ("preresnet", "wide_resnet")
+            for noise in ("", "_noisy")
+        ),
         *(f"cifar10_{name}" for name in ("vgg16", "vgg16_bn", "wide_resnet")),
         *(f"cifar100_{name}" for name in ("vgg16", "wide_resnet")),
         *(f"cifar{c}_preresnet{d}" for c in (10, 100) for d in (110, 164)),

@@ -23,7 +23,8 @@ def scorer(config, split, batch_size=8, limit=None, parallel="none"):
     config = override(
         config, batch_size=16, eval_batch_size=batch_size, parallel=parallel
     )
-    return trainer(config, split).scorer(limit)
+    made = trainer(config, split)
+    return made.scorer(dict.fromkeys(made.splits, limit) if limit else {})
 
 
 def logits_of(config, state, images):

@@ -53,7 +53,7 @@ def measured():
 
     def score(params):
         loss = float(jnp.sum(params["a"] ** 2) + jnp.sum(params["b"] ** 2))
-        return loss, 10 * loss
+        return loss, 2 * loss, 10 * loss
 
     return measure(score, solutions, num_rays=2, num_radii=3, grid=5)
 
@@ -84,7 +84,7 @@ def test_average_of_one_epoch_has_no_plane():
     average = {"a": jnp.ones(3)}
     solutions = {"sgd": {"a": jnp.zeros(3)}, "swa": average, "last": average}
     few = {"num_rays": 1, "num_radii": 2, "grid": 3}
-    found = measure(lambda p: (float(p["a"].sum()), 1.0), solutions, **few)
+    found = measure(lambda p: (float(p["a"].sum()), 1.0, 1.0), solutions, **few)
     assert found["plane"] is None
     assert_shows_both(plot_width(found, "a line"))
 
@@ -112,11 +112,11 @@ def test_solutions_are_those_of_finished_runs(tiny, monkeypatch):
 
     monkeypatch.setattr(measuring, "measure", looking)
     splits = load_splits(config.data, ("train", "test"))
-    made = Trainer(config, splits)
+    made, limits = Trainer(config, splits), {"train": 16, "test": 16}
     arms = made.compile(config.plan["sgd"]), made.compile(config.plan["swa3"])
-    measuring.measure_width(config.directory, *arms, made.scorer(limit=16))
+    measuring.measure_width(config.directory, *arms, made.scorer(limits), "accuracy")
     written = json.loads(config.directory.width.read_text())
-    assert written == {"examples": {"train": 16, "test": 16}}
+    assert written == {"scored_by": "accuracy", "examples": limits}
     assert list(found["solutions"]) == ["SGD", "SWA", "SWA's last iterate"]
     for solution in found["solutions"].values():
         assert np.isfinite(found["score"](solution)).all()
