@@ -12,6 +12,7 @@ from experiments.data.splits import load_splits
 from experiments.jobs import tune
 from experiments.jobs.main import Trainer
 from experiments.runtime.errors import StorageError
+from experiments.training.any_budget import AnyBudget
 from experiments.training.loop import train
 from tests.helpers import quiet
 
@@ -37,6 +38,40 @@ def test_grid_grows_until_its_best_is_inside(peak, evaluated):
     assert sorted(calls) == evaluated  # each of them once
     assert best == min(peak, max(evaluated))
     assert told == ([best] if peak == 1e9 else [])
+
+
+def test_grid_of_one_value_stays():
+    told = []
+    assert tune.search_grid((4.0,), lambda value: value, 2, told.append) == 4.0
+    assert told == []
+
+
+def test_cells_that_two_searches_share_are_trained_once(tiny, monkeypatch):
+    """The longest budget's peaks are those that the first search tried."""
+    protocol = AnyBudget(
+        epochs=4, read_at=(2, 4), swa_lr=0.1, averages=("ema:0.9",), peaks=()
+    )
+    tuning = Tuning(
+        tune_learning_rates=(0.1, 0.2, 0.4),
+        tune_weight_decays=(1e-4,),
+        tune_swa_lrs=(0.1,),
+    )
+    ran = []
+
+    def made_up(tuner, trainer, arm, parent):
+        ran.append(tune._setting(trainer.config, arm))
+        rate, _ = _rates(trainer.config)
+        score = -abs(math.log(rate / 0.2))
+        labels = tune._tuned_labels(arm)
+        return [tune.Trial(n, *ran[-1], (score,), (1.0,)) for n in labels]
+
+    monkeypatch.setattr(tune._Tuner, "_train", made_up)
+    config = dataclasses.replace(tiny, protocol=protocol)
+    chosen = tune.tune(config, tuning, quiet())
+    assert chosen["peaks"] == (0.2, 0.2)
+    assert len(ran) == len(set(ran)) == 3 + 1 + 3
+    trials = read_tuning(config)["trials"]
+    assert len(trials) == 3 + 2 + 3  # the average is read at two budgets
 
 
 def _rates(config):
@@ -107,7 +142,7 @@ def search(tiny, monkeypatch):
     tuning = Tuning(
         tune_seeds=2,
         tune_learning_rates=(0.1, 0.2),
-        tune_weight_decays=(1e-4,),
+        tune_weight_decays=(2.5e-5, 1e-4),
         tune_swa_lrs=(0.01, 0.02),
     )
     ran = []
@@ -357,4 +392,4 @@ def test_what_a_tuning_shows_begins_with_a_header(search):
     shown = console.file.getvalue().splitlines()
     assert shown[0] == "digits: trials, scored on the validation split"
     assert shown[1].startswith("arm  lr  weight decay  swa_lr")
-    assert shown[2].startswith("SGD  0.1  0.0001  ")
+    assert shown[2].startswith("SGD  0.1  2.5e-05  ")
