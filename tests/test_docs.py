@@ -48,7 +48,11 @@ def test_every_page_with_examples_is_run_here():
         "coming-from-pytorch.md",
         "frameworks.md",
         "how-to-choose.md",
+        "optax-pipelines.md",
         "published-method.md",
+        "quick-start.md",
+        "saving.md",
+        "schedules.md",
         "training-loops.md",
     }
 
@@ -59,6 +63,82 @@ def test_names_exist_and_links_lead_somewhere(page):
         assert hasattr(swa_jax, name), f"{page} mentions swa_jax.{name}"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page]):
         assert (ROOT / "docs" / target).exists(), f"{page} links to {target}"
+
+
+# quick-start.md and optax-pipelines.md
+
+
+def printed(text: str) -> list[float]:
+    """The numbers at the ends of what was printed."""
+    return [float(line.rpartition(" ")[2]) for line in text.strip().splitlines()]
+
+
+@pytest.mark.slow
+def test_quick_start(capsys):
+    nnx, linen = re.findall(r"```python\n(.*?)```", PAGES["quick-start.md"], re.DOTALL)
+    exec(compile(nnx, "quick-start.md", "exec"), {})
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGES["quick-start.md"], re.DOTALL)
+    found = printed(capsys.readouterr().out)
+    # Ten of the 297 images: CPUs round differently, and training goes on from it.
+    np.testing.assert_allclose(found, printed(shown), atol=10 / 297)
+    exec(compile(linen, "quick-start.md", "exec"), {})
+    (accuracy,) = printed(capsys.readouterr().out)
+    assert 0.85 < accuracy < 1
+
+
+def test_a_network_with_dropout_takes_the_same_steps():
+    example = examples("quick-start.md").partition("import functools")[0]
+    for before, after in [
+        ("nnx.relu,\n", "nnx.relu, nnx.Dropout(0.5, rngs=rngs),\n"),
+        ("range(300)", "range(20)"),
+        ("start_step=200", "start_step=10"),
+    ]:
+        assert before in example
+        example = example.replace(before, after)
+    found: dict[str, Any] = {}
+    exec(compile(example, "quick-start.md, with Dropout", "exec"), found)
+    averaged, recomputed = found["averaged"], found["recomputed"]
+    # What comes before any Dropout is a function of weights and data alone.
+    first, norm = (
+        {name: np.asarray(leaf[...], np.float64) for name, leaf in layers.items()}
+        for layers in (averaged["layers"][0], recomputed["layers"][1])
+    )
+    images = np.asarray(found["images"][:1500], np.float64)
+    inputs = images @ first["kernel"] + first["bias"]
+    # float32 sums of 1,500 terms: relative errors of 1e-6, of values near 10.
+    np.testing.assert_allclose(norm["mean"], inputs.mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(norm["var"], inputs.var(0), rtol=1e-4)
+
+
+def test_two_averages_in_one_chain(capsys):
+    run("optax-pipelines.md")
+    (accuracy,) = printed(capsys.readouterr().out)
+    assert 0.85 < accuracy < 1
+
+
+# schedules.md and saving.md
+
+
+def test_schedules_end_at_the_rates_that_are_named():
+    namespace = run("schedules.md")
+    start, last = namespace["start"], 40 * namespace["steps"] - 1
+    ends = {name: float(of(last)) for name, of in namespace["schedules"].items()}
+    cyclical = ends.pop("cyclical")
+    assert cyclical == np.float32(0.001)
+    assert set(ends.values()) == {float(np.float32(0.1))}
+    joined = namespace["schedules"]["cosine, then constant"]
+    assert joined(start - 2) > joined(start) == np.float32(0.1)
+
+
+def test_averages_come_back_from_files():
+    namespace = run("saving.md")
+    expected = bits(namespace["average"])
+    for name in ("from_orbax", "from_flax"):
+        assert bits(namespace[name]) == expected
+    assert "lost its structure" in namespace["complaint"]
+    params = namespace["state"]["params"]
+    rescued = swa_jax.swa_params(namespace["rescued"], params)
+    assert bits(rescued) == expected
 
 
 # published-method.md

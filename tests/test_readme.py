@@ -9,7 +9,6 @@ import statistics
 import tomllib
 from typing import Any
 
-import numpy as np
 import pytest
 
 import swa_jax
@@ -20,6 +19,7 @@ from tests.test_requirements import parse
 ROOT = pathlib.Path(__file__).parent.parent
 CI = (ROOT / ".ci" / "run").read_text()
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "results.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
@@ -36,45 +36,21 @@ def run(example: str, name: str) -> dict[str, Any]:
     return namespace
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_examples_run_as_they_stand(number, capsys):
-    run(EXAMPLES[number], f"README example {number}")
+def test_the_example_runs_as_it_stands(capsys):
+    (example,) = EXAMPLES
+    run(example, "README's example")
     found = printed(capsys.readouterr().out)
-    assert len(found) == (3 if number == 0 else 1)
+    assert len(found) == 3
     for accuracy in found.values():
         # Chance is 0.1; a single model of this size gets about 0.9 on these writers.
         assert 0.85 < accuracy <= 1.0
-    if number == 0:
-        (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
-        # Ten of the 297 images: CPUs round differently, and training goes on from it.
-        assert found == pytest.approx(printed(shown), abs=10 / 297)
+    (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    # Ten of the 297 images: CPUs round differently, and training goes on from it.
+    assert found == pytest.approx(printed(shown), abs=10 / 297)
 
 
-def test_first_example_serves_a_network_with_dropout_too():
-    example = EXAMPLES[0]
-    for before, after in [
-        ("nnx.relu,\n", "nnx.relu, nnx.Dropout(0.5, rngs=rngs),\n"),
-        ("range(300)", "range(20)"),
-        ("start_step=200", "start_step=10"),
-    ]:
-        assert before in example
-        example = example.replace(before, after)
-    found = run(example, "README's first example, with Dropout")
-    averaged, recomputed = found["averaged"], found["recomputed"]
-    # What comes before any Dropout is a function of weights and data alone.
-    first, norm = (
-        {name: np.asarray(leaf[...], np.float64) for name, leaf in layers.items()}
-        for layers in (averaged["layers"][0], recomputed["layers"][1])
-    )
-    images = np.asarray(found["images"][:1500], np.float64)
-    inputs = images @ first["kernel"] + first["bias"]
-    # float32 sums of 1,500 terms: relative errors of 1e-6, of values near 10.
-    np.testing.assert_allclose(norm["mean"], inputs.mean(0), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(norm["var"], inputs.var(0), rtol=1e-4)
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+def test_it_is_read_in_a_few_minutes():
+    assert len(README.splitlines()) <= 150
 
 
 def test_install_line_installs_what_the_first_example_imports():
@@ -115,8 +91,9 @@ def test_ci_runs_every_test():
 
 
 def test_every_public_name_is_explained():
+    page = (ROOT / "docs" / "api.md").read_text()
     for name in swa_jax.__all__:
-        assert f"`{name}" in README, f"README does not mention {name}"
+        assert f"`{name}" in page, f"docs/api.md does not mention {name}"
         assert getattr(swa_jax, name).__doc__, f"{name} has no docstring"
 
 
@@ -133,7 +110,7 @@ SUMMARY = {
     cells[0].split()[0]: cells
     for cells in re.findall(
         r"^\| `(?!python)(.+?)` \|" + r" ?(.*?) \|" * 6 + "$",
-        README[README.index("## Results") :],
+        PAGE[PAGE.index("## Where it does not pay") :],
         re.MULTILINE,
     )
 }
@@ -208,5 +185,5 @@ def test_what_the_batch_norm_pass_is_worth_is_that_of_the_results():
         }
         if "average, no BatchNorm pass" in means:
             lost.append(means["average"] - means["average, no BatchNorm pass"])
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     assert f"the same weights lose {min(lost):.0f} to {max(lost):.0f} points" in text

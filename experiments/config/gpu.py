@@ -111,7 +111,9 @@ experiment(
         ),
         model=Transformer(layers=2, heads=4, width=64),
         optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
-        protocol=dataclasses.replace(_ANY_BUDGET, swa_lr=2e-3),
+        protocol=dataclasses.replace(
+            _ANY_BUDGET, swa_lr=2e-3, peaks=(2e-3, 8e-3, 8e-3, 8e-3)
+        ),
         seeds=5,
         saving=Saving(checkpoint_every=5000, width_plot=False),
     ),
