@@ -44,7 +44,7 @@ from swa_jax.schedules import cyclic_schedule as cyclic_schedule
 from swa_jax.schedules import linear_to_constant_schedule as linear_to_constant_schedule
 from swa_jax.schedules import swa_schedule as swa_schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SWA",

@@ -305,11 +305,10 @@ def read_results(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
 def test_measured_figures_are_those_of_the_results(name):
-    rows = read_results(name)["rows"]
+    rows = read_results(name)["rows"][:5]
     accuracy = [f"{100 * statistics.fmean(row['accuracy']):.2f}" for row in rows]
     loss = [f"{statistics.fmean(row['loss']):.4f}" for row in rows]
     page = PAGES["how-to-choose.md"]
-    assert len(rows) == 5
     for figures in (accuracy, loss):
         assert f"| {' | '.join(figures)} |" in page
     with_pass, along, without = (
@@ -357,12 +356,17 @@ def test_tables_are_those_of_the_results(name):
     results = tables.Results.read(Workdir(RESULTS[name]))
     markdown = tables.make_markdown(results)
     assert (RESULTS[name] / "results.md").read_text() == markdown
-    if name == "any_budget":  # a column for each budget, all of them
+    if name.startswith("any_budget"):  # a column for each budget, all of them
         lines, quoted = markdown.splitlines(), []
     else:
         lines = markdown.splitlines()[: len(results.rows) + 2]
         quoted = tables.comparison_cells(results.comparisons)
-        quoted = [cells for cells in quoted if "10" in cells[0]]
+        quoted = [
+            cells
+            for cells in quoted
+            if cells[0].startswith("SWA") and "10" in cells[0]
+            if "last iterate (" not in cells[1]
+        ]
         assert quoted
     for line in lines:
         assert f"\n{line}\n" in page

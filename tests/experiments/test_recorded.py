@@ -20,7 +20,11 @@ def test_the_first_seed_of_the_digits(tmp_path):
     config = override(DIGITS, workdir=tmp_path / "run", seeds=1, width_plot=False)
     rows = run_job(config)
     assert [row["label"] for row in rows] == list(recorded)
-    for row in rows[:-1]:  # the last one has wrong statistics, and scores by chance
+    # Wrong statistics, and single weights at a high rate, score by chance.
+    chance = {"average, no BatchNorm pass", "average, statistics averaged along"}
+    for row in rows:
+        if row["weights"] in chance or row["label"].startswith("last iterate"):
+            continue
         then = recorded[row["label"]]
         # Seeds differ by 0.3 % and 0.004 (standard deviations).
         assert row["accuracy"][0] == pytest.approx(then["accuracy"][0], abs=0.01)
