@@ -542,6 +542,26 @@ def test_no_implicit_transfers(mesh, leaves):
         chex.assert_trees_all_equal(jax.device_get(found.avg_params), model())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_what_is_not_finite_is_seen_in_any_shard(dtype):
+    """Maxima over devices drop NaN; each shard of a weight is on a device of its own."""
+    devices = Mesh(np.array(jax.devices()), ("d",))
+    spread = NamedSharding(devices, PartitionSpec("d"))
+    good = jax.device_put(jnp.arange(16, dtype=dtype), spread)
+    tx = swa_jax.swa(skip_nonfinite=True)
+    step = jax.jit(lambda state, q: tx.update(q, state, jnp.zeros_like(q))[1])
+    for place in range(0, 16, 2):
+        bad = (np.nan, np.inf, -np.inf)[place % 3]
+        wrong = jax.device_put(good.at[place].set(bad), spread)
+        state, opt_state = swa_jax.init_average(good), tx.init(good)
+        for q in (good, wrong):
+            state = swa_jax.update_average(state, q, skip_nonfinite=True)
+            opt_state = step(opt_state, q)
+        for found in (state, opt_state):
+            assert (int(found.num_updates), int(found.num_averaged)) == (2, 1)
+            np.testing.assert_array_equal(found.avg_params, np.arange(16))
+
+
 # Host memory.
 
 needs_host_memory = pytest.mark.skipif(
