@@ -1,10 +1,9 @@
 """Whatever comes, and in whatever order: averages against a model of them in NumPy.
 
-Hypothesis draws sequences of updates, mistakes, kills, restores and moves. A few hundred
-of them run with the slow tests; before a release, ten thousand do: see CONTRIBUTING.
+Hypothesis draws sequences of updates, mistakes, kills, restores and moves. A
+hundred of them run with the slow tests, ten thousand before a release: CONTRIBUTING.
 """
 
-import copy
 import os
 import pickle
 import tempfile
@@ -30,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import swa_jax
 
-EXAMPLES = int(os.environ.get("SWA_JAX_HOSTILE_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("SWA_JAX_HOSTILE_EXAMPLES", "100"))
 pytestmark = pytest.mark.slow
 
 
@@ -96,6 +95,8 @@ TREES = [
     },
     {"empty": ((0, 2), "float32"), "count": ((), "int32"), "w": ((8,), "float32")},
 ]
+#: In this thread, for a machine that is torn down waits for nothing.
+ORBAX = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 #: Of a sum of a few dozen float32 terms, next to the largest of them.
 ROUNDING = 3e-6
 
@@ -175,8 +176,10 @@ class Hostile(RuleBasedStateMachine):
         if sample and not late and past >= 0 and past % self.period == 0:
             self.models.append(numbers(self.params))
 
-    @rule(how=st.sampled_from(["flax", "pickle"]))
+    @rule(how=st.sampled_from(["flax", "pickle", "orbax"]))
     def save(self, how):
+        if how == "orbax" and "empty" in self.spec:
+            how = "flax"  # Orbax refuses arrays of no elements
         if how == "flax":
             content = flax.serialization.to_bytes(self.state)
         elif how == "pickle":
@@ -185,8 +188,7 @@ class Hostile(RuleBasedStateMachine):
             content = (
                 f"{self.folder.name}/{self.updates}-{len(os.listdir(self.folder.name))}"
             )
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(content, self.state)
+            ORBAX.save(content, args=ocp.args.StandardSave(self.state))
         model = self.updates, list(self.models)
         self.disk = how, content, model, bytes_of(self.state)
 
@@ -205,8 +207,7 @@ class Hostile(RuleBasedStateMachine):
         elif how == "pickle":
             self.state = jax.tree.map(jnp.asarray, pickle.loads(content))
         else:
-            with ocp.StandardCheckpointer() as checkpointer:
-                self.state = checkpointer.restore(content, new)
+            self.state = ORBAX.restore(content, args=ocp.args.StandardRestore(new))
         self.updates, self.models = updates, list(models)
         assert bytes_of(self.state) == before
 
@@ -301,7 +302,6 @@ class Hostile(RuleBasedStateMachine):
             assert bytes_of(found) == bytes_of(self.params)
             return
         weights = self.weights(len(self.models))
-        latest = numbers(self.params)
         leaves = zip(jax.tree.leaves(found), jax.tree.leaves(self.params), strict=True)
         for index, (leaf, param) in enumerate(leaves):
             assert (leaf.dtype, leaf.shape) == (param.dtype, param.shape)
@@ -313,7 +313,6 @@ class Hostile(RuleBasedStateMachine):
             slack += float(jnp.finfo(leaf.dtype).eps) * np.abs(expected)
             off = np.abs(np.asarray(leaf).astype(np.float64) - expected)
             assert (off <= slack).all(), (off, slack)
-        assert latest is not None
 
 
 def test_nothing_breaks_an_average():
@@ -341,9 +340,8 @@ def test_a_wrong_weight_would_be_seen(name, monkeypatch):
     monkeypatch.setitem(AVERAGES, name, (make, options, wrong))
     machine = Hostile()
     machine.begin(name, TIMES[0], 0)
+    for seed in range(3):
+        machine.update(seed, 1.0)
     with pytest.raises(AssertionError):
-        for seed in range(3):
-            machine.update(seed, 1.0)
-            machine.the_average_is_right()
+        machine.the_average_is_right()
     machine.teardown()
-    assert copy.copy(machine.models)

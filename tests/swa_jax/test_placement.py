@@ -544,7 +544,7 @@ def test_no_implicit_transfers(mesh, leaves):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_what_is_not_finite_is_seen_in_any_shard(dtype):
-    """Maxima over devices drop NaN; each shard of a weight is on a device of its own."""
+    """Maxima over devices drop NaN, and every shard is on another device."""
     devices = Mesh(np.array(jax.devices()), ("d",))
     spread = NamedSharding(devices, PartitionSpec("d"))
     good = jax.device_put(jnp.arange(16, dtype=dtype), spread)
