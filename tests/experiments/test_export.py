@@ -24,7 +24,7 @@ from experiments.reporting import export
 from experiments.runtime.errors import DataError, StorageError
 from tests.helpers import run_job
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "experiments.md"
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_exported_network_is_the_averaged_one(job, capsys):
     jax.tree.map(np.testing.assert_array_equal, restored, variables)
 
 
-def test_readme_shows_how_to_load_it(job, capsys):
+def test_page_shows_how_to_load_it(job, capsys):
     __main__.main(["export", str(job.workdir)])
-    (snippet,) = re.findall(r"```py\n(.*?)```", README.read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert "runs/digits" in snippet
     capsys.readouterr()
     exec(snippet.replace("runs/digits", str(job.workdir)), {})

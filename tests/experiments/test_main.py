@@ -23,6 +23,7 @@ TINY = [
     *("--eval-batch-size", "256"),
     *("--widths", "4", "4"),
     *("--strides", "2", "2"),
+    *("--averages", "ema:0.9"),
 ]
 
 
@@ -60,6 +61,8 @@ def test_digits_end_to_end(run, capsys):
         ("swa3", "average"),
         ("swa3", "average, statistics averaged along"),
         ("swa3", "average, no BatchNorm pass"),
+        ("swa3", "iterate"),
+        ("swa3", "ema:0.9"),
     ]
     for row in results["rows"]:
         assert len(row["accuracy"]) == len(row["loss"]) == 2
@@ -67,13 +70,13 @@ def test_digits_end_to_end(run, capsys):
             # A fraction of all 601 test images, which fill no whole batch.
             assert 0 <= accuracy <= 1
             assert 601 * accuracy == pytest.approx(round(601 * accuracy), abs=1e-6)
-    *_, with_pass, along, without = (row["loss"] for row in results["rows"])
+    *_, with_pass, along, without, _, _ = (row["loss"] for row in results["rows"])
     assert with_pass != along != without != with_pass
 
     shown = capsys.readouterr().out
     assert "SWA, last 3 epochs" in shown
     assert "20 train, 601 test examples" in shown
-    assert (workdir / "results.md").read_text().count("\n") == 12
+    assert (workdir / "results.md").read_text().count("\n") == 18
 
     log = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in log.splitlines()]
@@ -88,7 +91,7 @@ def test_digits_end_to_end(run, capsys):
     ]
     tests = [line for line in lines if line["event"] == "test"]
     # Of the first seed every epoch's, for the curves; of the others what is in tables.
-    assert len([line for line in tests if line["seed"] == 1]) == 3
+    assert len([line for line in tests if line["seed"] == 1]) == 4
     tests = [line for line in tests if line["seed"] == 0]
     averages = [
         (line["arm"], line["epoch"]) for line in tests if line["weights"] == "average"
@@ -96,18 +99,19 @@ def test_digits_end_to_end(run, capsys):
     assert averages == [("swa1", 4), ("swa3", 2), ("swa3", 3), ("swa3", 4)]
     # The last scores in the log are the first seed's in the results.
     last = {(line["arm"], line["weights"]): line["accuracy"] for line in tests}
-    first_seed = [row["accuracy"][0] for row in results["rows"][:3]]
+    first_seed = [results["rows"][i]["accuracy"][0] for i in (0, 1, 2, 5)]
     assert first_seed == [
         last["sgd", "iterate"],
         last["swa1", "average"],
         last["swa3", "average"],
+        last["swa3", "iterate"],
     ]
 
     # A seed's scores depend on no other seed and no other arm, and repeat exactly.
     alone = run("alone", "--seeds", "1", "--swa-epochs", "3")
     repeated = json.loads((alone / "results.json").read_text())["rows"]
     for row, first in zip(
-        repeated, [results["rows"][i] for i in (0, 2, 3, 4)], strict=True
+        repeated, [results["rows"][i] for i in (0, 2, 3, 4, 5, 6)], strict=True
     ):
         assert row["accuracy"] == first["accuracy"][:1]
         assert row["loss"] == first["loss"][:1]
@@ -125,6 +129,7 @@ def test_tune_is_a_command(monkeypatch, old):
         DIGITS,
         seeds=2,
         train_examples=20,
+        averages=("ema:0.9",),
         epochs=4,
         swa_epochs=(1, 3),
         batch_size=8,

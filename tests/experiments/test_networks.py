@@ -278,7 +278,7 @@ def test_every_experiment_has_its_network(name):
         lambda v, x: model.apply(v, x, train=False), variables, inputs
     )
     assert logits.shape[-1] == config.data.inputs.num_classes
-    without = name == "shakespeare" or name.endswith("vgg16")
+    without = name.endswith(("shakespeare", "vgg16"))
     assert models.has_batch_norm(model) == (not without)
 
 
