@@ -93,7 +93,9 @@ def _is_finite(x: jax.Array) -> jax.Array:
     # Not in eight bits or fewer, some of which have no zero, no sign or no NaN.
     x = x.astype(jnp.float32) if x.dtype.itemsize < 2 else x
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    # By the extremes, which NaN passes through: XLA fuses these two into one reading,
+    # By a sum, which is NaN if any term is: 0 * x is, unless x is finite. Between devices
+    # sums keep NaN, and maxima lose it. And XLA for CPUs fuses this into one reading,
     # but stores a byte for every weight for isfinite(x).all().
-    extremes = [f(part, initial=0) for part in parts for f in (jnp.max, jnp.min)]
-    return functools.reduce(jnp.logical_and, map(jnp.isfinite, extremes))
+    return functools.reduce(
+        jnp.logical_and, (jnp.isfinite(jnp.sum(0 * part)) for part in parts)
+    )

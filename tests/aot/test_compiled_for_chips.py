@@ -216,10 +216,9 @@ def test_leaves_that_do_not_take_turns_are_caught(report_of, case):
 def test_search_for_nonfinite_weights_communicates_scalars(report_of, target, case):
     report, base = report_of(target, case), report_of(target, base_of(case))
     assert base.collectives == {}
-    # The largest and the smallest value of each leaf, in one call each or in one.
-    assert report.collectives.keys() == {"all-reduce"}
-    assert report.collectives["all-reduce"] <= 2
-    assert report.communicated == len(cases.TAIL) * 2 * 4
+    # A sum over each leaf, all in one call: the sum of nothing but zeros, or NaN.
+    assert report.collectives == {"all-reduce": 1}
+    assert report.communicated == len(cases.TAIL) * 4
     assert not report.violations(base) & {"aliasing", "shardings"}, report
     # The updated weights are read twice, so a chip keeps them in between.
     assert report.temporary <= (0.05 if target == CPU else 2) * report.average

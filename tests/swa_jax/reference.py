@@ -219,7 +219,7 @@ class Ledger:
         """SWAG's row of this model, and the error of its square."""
         with np.errstate(invalid="ignore"):
             apart = np.where(leaf.lost, 0.0, np.abs(value - self._mean(leaf)))
-            row = value - self._mean(leaf)
+            row = np.where(leaf.lost, np.nan, value - self._mean(leaf))
         off, share = leaf.off + U * (apart + leaf.largest), n / max(n - 1, 1)
         kept = self.kept_as(leaf.dtype)
         leaf.deviations.append(Expected(row, off, leaf.lost.copy()))
@@ -288,7 +288,7 @@ class Ledger:
 
     def rows(self) -> list[dict[int, Expected] | None]:
         """Of a window the models, of SWAG the deviations, by their row."""
-        size = self.definition.window or self.definition.rank
+        size = self.definition.window or self.definition.rank or 0
         everything: list[dict[int, Expected] | None] = []
         for leaf in self.leaves:
             entries = leaf.deviations
@@ -299,5 +299,5 @@ class Ledger:
             elif not is_floating(leaf.models[-1].dtype):
                 everything.append(None)
                 continue
-            everything.append({i % size: x for i, x in enumerate(entries)})
+            everything.append({i % size: x for i, x in enumerate(entries) if size})
         return everything

@@ -108,6 +108,8 @@ class Run(RuleBasedStateMachine):
         self.layout = data.draw(self.layouts, label="layout")
         if form == "along" and METHODS[method].state is swa_jax.SWAGState:
             form = "chain"
+        if options == "float16" and METHODS[method].state is swa_jax.SWAGState:
+            options = "bfloat16"  # squares of 512 are beyond float16
         if OPTIONS[options].get("sharding") and form == "along":
             options = "default"
         self.setting = Setting(method, options, form)
@@ -152,7 +154,9 @@ class Run(RuleBasedStateMachine):
         def like(param, goal):
             as_now = getattr(param, "dtype", None)
             floating = as_now is not None and jnp.issubdtype(as_now, jnp.inexact)
-            return jnp.asarray(goal, as_now) if floating else goal
+            if isinstance(goal, jax.Array) and floating:
+                return goal.astype(as_now)
+            return np.asarray(goal).astype(as_now) if floating else goal
 
         # What JAX made of NumPy's numbers stays JAX's, in a chain.
         return jax.tree.map(like, self.params, target)
@@ -403,9 +407,9 @@ class Run(RuleBasedStateMachine):
         if wrong == "a count from before" and self.ledger.averaged:
             for count in (self.ledger.seen - 1, -1, 2**40, 1.5):
                 yield lambda count=count: swa_jax.with_num_updates(state, count)
-        if wrong == "a reader of another model":
+        if wrong == "a reader of another model" and size is not None:
             others = [(params, params)]
-            others += [replaced(size)] if size is not None else []
+            others += [replaced(size)]
             for other in others:
                 yield lambda other=other: swa_jax.averaged_params(state, other)
 
@@ -594,15 +598,14 @@ class Run(RuleBasedStateMachine):
             total = np.abs(squares.value) + 2 * squares.off
             variance = total / ledger.averaged
             if columns >= 2:
-                low_rank = sum((np.abs(x.value) + x.off) ** 2 for x in rows.values())
+                low_rank = sum(
+                    np.where(x.lost, 0, (np.abs(x.value) + x.off) ** 2)
+                    for x in rows.values()
+                )
                 variance = (variance + low_rank / (columns - 1)) / 2
             # Of normal numbers one in 10^15 is eight deviations away.
             mean.off = mean.off + 8 * 2 * np.sqrt(scale * variance)
-            kept = ~mean.lost
-            away = np.abs(exact(got) - mean.value)[kept]
-            limit = mean.off + rounded(np.abs(mean.value) + mean.off, got.dtype)
-            assert (away <= limit[kept] if kept.any() else True) is not False
-            assert not (away > limit[kept]).any() and not np.isnan(away).any()
+            mean.check(got, "drawn")
         assert bits_of(self.state) == before
 
     @precondition(lambda self: self.recent)
