@@ -332,7 +332,9 @@ def moved(tree: Any, place: str) -> Any:
 def abstract(tree: Any, place: str) -> Any:
     """What Orbax shall restore, and where."""
 
-    def one(x: Any) -> jax.ShapeDtypeStruct:
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
         at = home(np.shape(x), place) or SingleDeviceSharding(jax.devices()[0])
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=at)
 
