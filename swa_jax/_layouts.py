@@ -32,7 +32,7 @@ _LAYOUTS: dict[frozenset[str], tuple[str, str]] = {
 
 
 def origin(tree: Any, path: KeyPath) -> str:
-    """What the container at ``path``, which has an average's counters, was, in words."""
+    """In words, what the container at ``path``, with an average's counters, was."""
     around, fields = _fields(tree, path[:-1]), _fields(tree, path)
     if fields is None:  # a container of no kind that is known
         return ""
@@ -40,7 +40,9 @@ def origin(tree: Any, path: KeyPath) -> str:
         fields = around
     if fields in _LAYOUTS:
         states, version = _LAYOUTS[fields]
-        return f". These are the fields of {states}, as swa_jax {version} and later write"
+        return (
+            f". These are the fields of {states}, as swa_jax {version} and later write"
+        )
     from swa_jax import __version__  # which is set after this module is imported
 
     return (

@@ -11,11 +11,17 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["KERAS_BACKEND"] = "jax"
 
+import hypothesis
 import jax
 import jax.experimental
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# `--hypothesis-profile=release`; tests with a number of their own keep it.
+hypothesis.settings.register_profile(
+    "release", max_examples=10_000, deadline=None, print_blob=True
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow

@@ -1,4 +1,4 @@
-"""Record how this version of swa_jax writes every state, by Flax's msgpack and by Orbax.
+"""Record how this version of swa_jax writes every state: Flax's msgpack and Orbax.
 
     .venv/bin/python tests/golden/make_checkpoints.py
 

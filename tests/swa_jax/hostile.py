@@ -43,7 +43,7 @@ class Kind:
             if dtype.kind == "c":
                 x = x + 1j * scale * rng.normal(size=self.shape)
         else:
-            x = rng.integers(0, 2 if dtype == bool else 100, size=self.shape)
+            x = rng.integers(0, 2 if dtype.kind == "b" else 100, size=self.shape)
         x = np.asarray(x).astype(dtype)
         if self.made is jax.Array:
             return jnp.asarray(x)
@@ -104,6 +104,11 @@ def kinds(layout: Any) -> list[Kind]:
     return jax.tree.leaves(layout)
 
 
+def is_key(x: Any) -> bool:
+    keys = jax.dtypes.prng_key
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, keys)
+
+
 def make(layout: Any, seed: int, scale: float = 1.0) -> Any:
     """Parameters of this layout."""
     rng = np.random.default_rng(seed)
@@ -114,10 +119,14 @@ def stored(tree: Any) -> list[np.ndarray]:
     """The leaves as arrays of JAX hold them, 64-bit types being off."""
 
     def one(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if is_key(x):
             x = jax.random.key_data(x)
         x = np.asarray(x)
-        narrower = {"float64": np.float32, "int64": np.int32, "complex128": np.complex64}
+        narrower = {
+            "float64": np.float32,
+            "int64": np.int32,
+            "complex128": np.complex64,
+        }
         return x.astype(narrower.get(x.dtype.name, x.dtype))
 
     return list(map(one, jax.tree.leaves(tree)))
@@ -193,12 +202,8 @@ METHODS = {
         swa_jax.swag, swa_jax.SWAGState, Definition(rank=0), {"rank": 0}
     ),
 }
-#: Those whose states have the same fields, by which a checkpoint is restored.
-RUNNING = [
-    name
-    for name, method in METHODS.items()
-    if method.state in (swa_jax.SWAState, swa_jax.EMAState, swa_jax.PowerEMAState)
-]
+#: States with the same fields, by which a checkpoint is restored.
+ALIKE = (swa_jax.SWAState, swa_jax.EMAState, swa_jax.PowerEMAState)
 
 
 def spread(leaf: jax.ShapeDtypeStruct) -> Sharding | None:
@@ -206,6 +211,7 @@ def spread(leaf: jax.ShapeDtypeStruct) -> Sharding | None:
     return home(leaf.shape, "eight")
 
 
+#: Options of averages, by a name; those of the first three differ in when alone.
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "period": {"start_step": 3, "period": 2},
@@ -214,6 +220,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float16": {"accumulator_dtype": jnp.float16, "start_step": 1, "period": 3},
     "spread": {"sharding": spread},
 }
+#: What a run may be restored with instead of each other.
+SCHEDULES = ["default", "period", "to an end"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +245,11 @@ class Setting:
     @property
     def state(self) -> type:
         return METHODS[self.method].state
+
+    @property
+    def spread(self) -> bool:
+        """Whether the step itself puts the average on all devices."""
+        return self.form != "loop" and "sharding" in OPTIONS[self.options]
 
     @property
     def accumulator(self) -> Any:
@@ -286,7 +299,7 @@ def towards(params: Any, target: Any) -> Any:
     """Updates that take parameters there, but for rounding."""
 
     def one(param: Any, goal: Any) -> Any:
-        if jnp.issubdtype(getattr(param, "dtype", None), jax.dtypes.prng_key):
+        if is_key(param):
             return None
         old, new = stored(param)[0], stored(goal)[0]
         if old.dtype == bool:

@@ -1,8 +1,8 @@
 """Every average in NumPy's float64, from its definition, and how far off one may be.
 
-It never calls swa_jax. A ``Ledger`` is told of each update what the library is told, and
-keeps the models themselves: means are weighted sums of all of them, squares are taken
-around that mean in a second pass, windows are the latest of the list.
+It never calls swa_jax. A ``Ledger`` is told of each update what the library is told,
+and keeps the models themselves: means are weighted sums of all of them, squares are
+taken around that mean in a second pass, windows are the latest of the list.
 """
 
 import copy
@@ -119,8 +119,7 @@ class Expected:
         off = self.off[kept] + rounded(np.abs(value) + self.off[kept], found.dtype)
         wrong = ~(np.abs(got - value) <= off)
         assert not wrong.any(), (
-            f"{name}: found {got[wrong]}, expected {value[wrong]} "
-            f"within {off[wrong]}"
+            f"{name}: found {got[wrong]}, expected {value[wrong]} within {off[wrong]}"
         )
 
     def _check_bits(self, found: np.ndarray, name: str) -> None:

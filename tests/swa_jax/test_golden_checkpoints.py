@@ -149,9 +149,8 @@ def test_a_state_without_its_type_tells_which_versions_wrote_it(folder, store, n
         with warnings.catch_warnings():  # some releases warn that no target is given
             warnings.simplefilter("ignore")
             raw = orbax_restore(folder, None)
-    message = (
-        r"has lost its structure\. These are the fields of "
-        + re.escape(f"{STATES[name]}, as swa_jax {folder.name} and later write. Fix")
+    message = r"has lost its structure\. These are the fields of " + re.escape(
+        f"{STATES[name]}, as swa_jax {folder.name} and later write. Fix"
     )
     with pytest.raises(ValueError, match=message):
         swa_jax.average_state(raw[name])
@@ -163,8 +162,8 @@ def test_a_state_of_a_later_version_is_not_taken_for_one_of_ours():
     state = {"num_updates": 3, "num_averaged": 2, "avg_params": {}, "scale": 1.0}
     message = (
         r"Fields named avg_params, num_averaged, num_updates, scale together are of no "
-        rf"state up to swa_jax {re.escape(swa_jax.__version__)}, which this is: a later "
-        "version wrote them; install it"
+        rf"state up to swa_jax {re.escape(swa_jax.__version__)}, which this is: a "
+        "later version wrote them; install it"
     )
     with pytest.raises(ValueError, match=message):
         swa_jax.average_state((None, [state]))
