@@ -56,7 +56,7 @@ def _fields(tree: Any, path: KeyPath) -> frozenset[str] | None:
     for key in path:
         try:
             step = getattr(key, "key", getattr(key, "idx", None))
-            tree = getattr(tree, key.name) if step is None else tree[step]  # type: ignore[attr-defined]
+            tree = getattr(tree, key.name) if step is None else tree[step]
         except (AttributeError, KeyError, IndexError, TypeError):
             return None
     if isinstance(tree, Mapping) and all(isinstance(name, str) for name in tree):

@@ -82,11 +82,15 @@ def apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:
 
 def _stored(param: Any, update: Any) -> jax.Array:
     """The weight after an update: in ``param + update`` the types decide who adds."""
-    ours = np.ndarray | np.generic | int | float | complex
-    if isinstance(param, ours) and isinstance(update, ours):
-        # NumPy, in float64 perhaps, before JAX makes float32 of it.
+    if _is_of_numpy(param) and _is_of_numpy(update):
+        # In float64 perhaps, before JAX makes float32 of it.
         return as_array(np.asarray(param + update)).astype(leaf_dtype(param))
     return optax.apply_updates(as_array(param), as_array(update))
+
+
+def _is_of_numpy(x: Any) -> bool:
+    """Whether NumPy or Python adds it."""
+    return isinstance(x, np.ndarray | np.generic | int | float | complex)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
