@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.tree_util import KeyPath
 
+from swa_jax._layouts import origin
 from swa_jax._validate import shown
 from swa_jax.averages.ema import EMAState, PowerEMAState
 from swa_jax.averages.lawa import LAWAState
@@ -223,10 +224,11 @@ def _none_found(
         )
     return (
         f"opt_state (a {kind}) has the fields of an average at {_name(lost)}, but not "
-        "its type: it has lost its structure. Fix: restore the checkpoint into the "
-        "structure of tx.init(params), as flax.serialization.from_bytes(target, data) "
-        "or Orbax's restore(path, target) does; with Flax's nnx pass the nnx.Optimizer "
-        "itself, or its opt_state, and not nnx.state of it"
+        f"its type: it has lost its structure{origin(opt_state, lost)}. Fix: restore "
+        "the checkpoint into the structure of tx.init(params), as "
+        "flax.serialization.from_bytes(target, data) or Orbax's restore(path, target) "
+        "does; with Flax's nnx pass the nnx.Optimizer itself, or its opt_state, and "
+        "not nnx.state of it"
     )
 
 

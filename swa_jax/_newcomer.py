@@ -59,7 +59,7 @@ def apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:
                 f"{np.shape(update)}, its parameter has {np.shape(param)}; both must "
                 "be the same. Fix: pass the updates and the params of one model"
             )
-        new = optax.apply_updates(as_array(param), as_array(update))
+        new = _stored(param, update)
         # Of a sum that is stored in bfloat16, XLA would feed the mean the unrounded
         # float32, and keep a copy of the old weights for it. The barrier makes the mean
         # read what is stored. Wider weights are stored as computed.
@@ -80,6 +80,19 @@ def apply_updates(params: PyTree, updates: PyTree, caller: str) -> PyTree:
         ) from error
 
 
+def _stored(param: Any, update: Any) -> jax.Array:
+    """The weight after an update: in ``param + update`` the types decide who adds."""
+    if _is_of_numpy(param) and _is_of_numpy(update):
+        # In float64 perhaps, before JAX makes float32 of it.
+        return as_array(np.asarray(param + update)).astype(leaf_dtype(param))
+    return optax.apply_updates(as_array(param), as_array(update))
+
+
+def _is_of_numpy(x: Any) -> bool:
+    """Whether NumPy or Python adds it."""
+    return isinstance(x, np.ndarray | np.generic | int | float | complex)
+
+
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether a tree is free of NaN and infinity."""
     leaves = (x for x in jax.tree.leaves(tree) if is_averaged(leaf_dtype(x)))
@@ -93,9 +106,9 @@ def _is_finite(x: jax.Array) -> jax.Array:
     # Not in eight bits or fewer, some of which have no zero, no sign or no NaN.
     x = x.astype(jnp.float32) if x.dtype.itemsize < 2 else x
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    # A sum of zeros, unless something is not finite. XLA reads the weights once for it,
-    # but stores a byte for every weight for isfinite(x).all(); and over the shards of a
-    # weight sums carry NaN along, where maxima and minima drop it.
+    # By a sum, which is NaN if any term is: 0 * x is, unless x is finite. Between
+    # devices sums keep NaN, and maxima lose it. And XLA for CPUs fuses this into one
+    # reading, but stores a byte for every weight for isfinite(x).all().
     return functools.reduce(
-        jnp.logical_and, (jnp.isfinite((p * 0).sum()) for p in parts)
+        jnp.logical_and, (jnp.isfinite(jnp.sum(0 * part)) for part in parts)
     )

@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["KERAS_BACKEND"] = "jax"
 
+import hypothesis
 import jax
 import jax.experimental
 import pytest
@@ -21,6 +22,11 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Accelerators multiply float32 with fewer digits, unless they are asked not to.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# `--hypothesis-profile=release`; tests with a number of their own keep it.
+hypothesis.settings.register_profile(
+    "release", max_examples=10_000, deadline=None, print_blob=True
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow

@@ -216,7 +216,7 @@ def test_leaves_that_do_not_take_turns_are_caught(report_of, case):
 def test_search_for_nonfinite_weights_communicates_scalars(report_of, target, case):
     report, base = report_of(target, case), report_of(target, base_of(case))
     assert base.collectives == {}
-    # A sum of each leaf, all in one call.
+    # A sum over each leaf, all in one call: the sum of nothing but zeros, or NaN.
     assert report.collectives == {"all-reduce": 1}
     assert report.communicated == len(cases.TAIL) * 4
     assert not report.violations(base) & {"aliasing", "shardings"}, report

@@ -581,6 +581,22 @@ def test_weights_enter_as_they_are_stored(case, dtype):
 
 
 @every_method
+def test_weights_of_numpy_enter_as_numpy_adds_them(case):
+    # In float64, which JAX then stores as float32: what is left of 1/3 less its float32
+    # is not 0, as it is where both are float32 before they are added.
+    params = {"x": np.full(3, 1 / 3), "y": 1 / 3, "n": np.arange(2)}
+    updates = {"x": np.full(3, np.float32(-1 / 3)), "y": float(np.float32(-1 / 3))}
+    updates["n"] = np.ones(2, np.int64)
+    tx = Case(case.method).make()
+    _, state = tx.update(updates, tx.init(params), params)
+    stored = optax.apply_updates(params, updates)
+    left = np.float32(1 / 3 - np.float64(np.float32(1 / 3)))
+    assert left
+    np.testing.assert_array_equal(stored["x"], np.full(3, left))
+    assert bits(case.read(state, stored)) == bits(stored)
+
+
+@every_method
 def test_no_more_traces_for_weakly_typed_parameters(case):
     # As in a notebook: the first parameters are weakly typed, stored ones are not.
     # That alone traces the caller's step twice, with an average or without.

@@ -230,6 +230,32 @@ def test_no_implicit_transfers(case, mesh):
 
 
 @every_method
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf], ids=str)
+def test_a_model_that_is_not_finite_on_one_device_alone_is_left_out(case, mesh, bad):
+    # What one device finds the others must hear of: maxima between devices lose NaN.
+    case = Case(case.method, {"skip_nonfinite": True})
+    average = case.make()
+    rule = spread(mesh)
+
+    def lying(tree):
+        return jax.tree.map(lambda x: jax.device_put(x, rule(x)), tree)
+
+    state = swa_jax.init_average(lying(model(0)), average)
+    opt_state, step = average.init(lying(model(0))), jax.jit(average.update)
+    zeros = lying(jax.tree.map(np.zeros_like, model(0)))
+    for t, (name, row) in enumerate([("", 0), ("w", 15), ("h", 3), ("", 0)], start=1):
+        weights = model(t)
+        if name:
+            weights[name][row, 1] = bad
+        state = swa_jax.update_average(state, lying(weights), average)
+        _, opt_state = step(zeros, opt_state, lying(weights))
+    for found in (state, opt_state):
+        assert tuple(map(int, counters(found))) == (4, 2)
+        read = jax.device_get(case.read(found, lying(model(4))))
+        case.assert_average(read, history(1, 4))
+
+
+@every_method
 def test_no_implicit_transfers_of_numpy_arrays(case):
     check_transfers(case, model())
 
