@@ -29,10 +29,10 @@ MODELS = [{"w": np.arange(6, dtype=np.float32) + t, "n": np.int32(t)} for t in r
 def test_every_test_that_the_page_names_exists():
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)
     assert len(named) > 20
-    # No row of the table without one.
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ")][1:]
-    assert rows
-    for row in rows:
+    # No row of a table without one.
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in (row for row in rows if not row.startswith("| Fault |")):
         assert re.search(r"`[\w/]+\.py::\w+`", row), row
     for path, name in named:
         text = (ROOT / "tests" / path).read_text()
