@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import swa_jax
+from experiments.runtime import processes
 from experiments.runtime.files import write_atomic
 from experiments.training.averages import Average
 from experiments.training.plans import Arm
@@ -45,7 +47,7 @@ class Snapshots:
             content = io.BytesIO()
             np.savez(content, *map(np.asarray, jax.tree.leaves(params)))
             path = self._directory / f"{average.width:g}-{step}.npz"
-            write_atomic(path, content.getvalue(), everywhere=True)
+            write_atomic(path, content.getvalue())
 
     def read(self, average: Average, step: int, like: PyTree) -> PyTree:
         """An average after `step` steps that was not kept, from those that were.
@@ -56,9 +58,13 @@ class Snapshots:
             like: Weights, for their structure.
         """
         assert average.width is not None
-        return swa_jax.posthoc_ema(
-            self._stored(jax.tree.structure(like)), sigma_rel=average.width, step=step
-        )
+        found = jax.tree.map(np.asarray, like)
+        if processes.is_main():  # on whose disk they are
+            stored = self._stored(jax.tree.structure(like))
+            found = swa_jax.posthoc_ema(stored, sigma_rel=average.width, step=step)
+        if jax.process_count() > 1:
+            found = multihost_utils.broadcast_one_to_all(found)
+        return found
 
     def _stored(self, treedef: Any) -> Iterator[swa_jax.Snapshot]:
         def load(path: pathlib.Path) -> Callable[[], PyTree]:

@@ -9,18 +9,12 @@ from typing import Any
 from experiments.runtime import processes
 
 
-def write_atomic(
-    path: pathlib.Path, content: bytes, *, everywhere: bool = False
-) -> None:
+def write_atomic(path: pathlib.Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
-    Args:
-        path: Its folder is made where it is not there.
-        content: All of it.
-        everywhere: In all processes of a job, each of which may have a disk of its own.
-            Else the main one alone writes.
+    Of the processes of a job, only the main one writes.
     """
-    if not everywhere and not processes.is_main():
+    if not processes.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
