@@ -55,6 +55,15 @@ def test_training_step_is_in_place(make, case):
         pytest.skip("the CPU compiler of older JAX stores what it rounds to bfloat16")
     tx = optax.chain(optax.sgd(0.1), case.make())
     compiled, donated, average = compile_step(make, tx)
+    weights = bytes_per_device(donated[0])
+    if case.options.get("skip_nonfinite") and bytes_per_device(average) > weights:
+        # The updated weights are read twice; where more than a mean is kept of them,
+        # XLA for CPUs stores them in between.
+        found = memory(compiled)
+        assert found.aliased >= bytes_per_device(donated), found
+        assert found.temporary <= 1.01 * weights, found
+        assert found.copied <= 0.01 * weights, found
+        return
     assert_in_place(compiled, donated=donated, average=average)
 
 
