@@ -62,7 +62,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.processes
 def test_the_wheel_holds_the_library_alone(wheel):
     assert wheel.name == f"swa_jax-{swa_jax.__version__}-py3-none-any.whl"
-    assert wheel.stat().st_size < 100_000 * 2
+    assert wheel.stat().st_size < 200_000  # 167 KB, most of it docstrings
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(f"swa_jax-{swa_jax.__version__}.dist-info/METADATA")

@@ -40,11 +40,11 @@ experiment(
     "digits",
     _DIGITS,
     _DIGITS_TUNING,
-    """SGD and SWA on scikit-learn's 1,797 digits; about a minute on 2 CPU cores.
+    """SGD and SWA on scikit-learn's 1,797 digits; about two minutes on 2 CPU cores.
 
 Command: python -m experiments digits
 Expected test accuracy (601 images, so one is 0.17 %): docs/results/digits.
-Run time: about a minute on 2 CPU cores.
+Run time: about two minutes on 2 CPU cores.
 Rates and weight decay: python -m experiments tune digits
 """,
 )
@@ -56,7 +56,7 @@ experiment(
 
 Command: python -m experiments digits_nnx
 Expected: as `digits`, whose rates it shares.
-Run time: about a minute on 2 CPU cores.
+Run time: about two minutes on 2 CPU cores.
 """,
 )
 
@@ -76,7 +76,7 @@ experiment(
 
 Command: python -m experiments fashion_mnist --train-examples 5000
 Expected test accuracy of that: docs/results/fashion_mnist.
-Run time: 3 minutes on 2 CPU cores. Without --train-examples it trains on 50,000
+Run time: 18 minutes on 2 CPU cores with two other jobs on them. Without --train-examples it trains on 50,000
 images (10,000 more validate), and an epoch costs ten times as much.
 Rates and weight decay: python -m experiments tune fashion_mnist, likewise
 """,
@@ -106,7 +106,7 @@ experiment(
 
 Command: python -m experiments fashion_mnist_5000
 Expected test accuracy: docs/results/fashion_mnist_5000. SWA does not help here.
-Run time: 5 minutes on 2 CPU cores.
+Run time: 22 minutes on 2 CPU cores with two other jobs on them.
 Rates and weight decay: python -m experiments tune fashion_mnist_5000
 """,
 )

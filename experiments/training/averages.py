@@ -83,10 +83,9 @@ def _power(name: str, text: str) -> Average:
 
 
 def _posthoc(name: str, text: str) -> Average:
-    _, label, make, _, width = _power(name, text)
-    assert make is not None
-    make(1, 1)
-    return Average(name, f"{label}, afterwards", None, width=width)
+    kept = _power(name, text)
+    swa_jax.power_ema(float(text))  # the library's own check of the width
+    return kept._replace(label=f"{kept.label}, afterwards", make=None)
 
 
 def _lawa(name: str, text: str) -> Average:
