@@ -76,8 +76,9 @@ experiment(
 
 Command: python -m experiments fashion_mnist --train-examples 5000
 Expected test accuracy of that: docs/results/fashion_mnist.
-Run time: 18 minutes on 2 CPU cores with two other jobs on them. Without --train-examples it trains on 50,000
-images (10,000 more validate), and an epoch costs ten times as much.
+Run time: 18 minutes on 2 CPU cores with two other jobs on them. Without
+--train-examples it trains on 50,000 images (10,000 more validate), and an epoch costs
+ten times as much.
 Rates and weight decay: python -m experiments tune fashion_mnist, likewise
 """,
 )
@@ -204,23 +205,24 @@ Rates, with the weight decay of noisy_labels_0: python -m experiments tune any_b
 """,
 )
 
+SHAKESPEARE = Config(
+    data=Shakespeare(
+        train_examples=4000, batch_size=32, eval_batch_size=200, context=64
+    ),
+    model=Transformer(layers=2, heads=4, width=64),
+    optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
+    protocol=FineTune(
+        epochs=15,
+        swa_epochs=(5, 10),
+        swa_lr=2.5e-4,
+        control_lr=1e-4,
+        averages=_AVERAGES,
+    ),
+    seeds=5,
+)
 experiment(
     "shakespeare",
-    Config(
-        data=Shakespeare(
-            train_examples=4000, batch_size=32, eval_batch_size=200, context=64
-        ),
-        model=Transformer(layers=2, heads=4, width=64),
-        optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
-        protocol=FineTune(
-            epochs=15,
-            swa_epochs=(5, 10),
-            swa_lr=2.5e-4,
-            control_lr=1e-4,
-            averages=_AVERAGES,
-        ),
-        seeds=5,
-    ),
+    SHAKESPEARE,
     FineTuneTuning(
         tune_learning_rates=(2e-3, 4e-3, 8e-3),
         tune_weight_decays=(0.1, 0.4),

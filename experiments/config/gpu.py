@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments.config.cpu import SHAKESPEARE
 from experiments.config.registry import experiment
 from experiments.config.schema import (
     Config,
@@ -13,12 +14,10 @@ from experiments.config.schema import (
 from experiments.data.cifar import Cifar10, Cifar100
 from experiments.data.fashion_mnist import FashionMnist
 from experiments.data.imagenet import ImageNet
-from experiments.data.shakespeare import Shakespeare
 from experiments.models import Model
 from experiments.models.convnet import ConvNet
 from experiments.models.preresnet import PreResNet
 from experiments.models.resnet import STAGES, ResNet
-from experiments.models.transformer import Transformer
 from experiments.models.vgg import VGG16
 from experiments.models.wide_resnet import WideResNet
 from experiments.training.any_budget import AnyBudget
@@ -106,16 +105,11 @@ python -m experiments tune any_budget_60000
 )
 experiment(
     "any_budget_shakespeare",
-    Config(
-        data=Shakespeare(
-            train_examples=4000, batch_size=32, eval_batch_size=200, context=64
-        ),
-        model=Transformer(layers=2, heads=4, width=64),
-        optimizer=Optimizer(optimizer="adamw", learning_rate=8e-3, weight_decay=1.6),
+    dataclasses.replace(
+        SHAKESPEARE,
         protocol=dataclasses.replace(
             _ANY_BUDGET, swa_lr=2e-3, peaks=(2e-3, 8e-3, 8e-3, 8e-3)
         ),
-        seeds=5,
         saving=Saving(checkpoint_every=5000, width_plot=False),
     ),
     Tuning(

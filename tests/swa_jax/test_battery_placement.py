@@ -23,6 +23,7 @@ from .transformations import (
     bits,
     counters,
     every_method,
+    loop,
     make_step,
     trees,
     types,
@@ -129,19 +130,12 @@ def test_one_sharding_for_all(case, mesh):
     assert bits(case.read(state, whole)) == bits(params)
 
 
-def loop(case, average, models):
-    state = swa_jax.init_average(models[0], average)
-    for each in models:
-        state = swa_jax.update_average(state, each, average)
-    return state
-
-
 @every_method
 def test_weights_and_state_from_elsewhere(case):
     case = Case(case.method)
     average = case.make()
-    expected = loop(case, average, history(1, 2, 5))
-    state = loop(case, average, jax.device_put(history(1, 2), jax.devices()[3]))
+    expected = loop(average, history(1, 2, 5))
+    state = loop(average, jax.device_put(history(1, 2), jax.devices()[3]))
     kinds = types(state)
     kept = jax.device_get(state)
     # From another device; a state as it is restored, in NumPy; both in NumPy.
@@ -170,8 +164,8 @@ def test_leaves_on_different_devices(case):
             for number, (name, leaf) in enumerate(model(t).items(), start=1)
         }
 
-    expected = loop(case, average, history(1, 2, 5))
-    state = loop(case, average, [scattered(t) for t in (1, 2, 5)])
+    expected = loop(average, history(1, 2, 5))
+    state = loop(average, [scattered(t) for t in (1, 2, 5)])
     opt_state = average.init(scattered(1))
     for t in (1, 2, 5):
         zeros = jax.tree.map(lambda x: 0 * x, scattered(t))

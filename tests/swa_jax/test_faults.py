@@ -19,7 +19,7 @@ import pytest
 
 import swa_jax
 
-from .transformations import Case, U, bits, counters, every_method
+from .transformations import Case, U, bits, counters, every_method, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "faults.md").read_text()
@@ -39,20 +39,12 @@ def test_every_test_that_the_page_names_exists():
         assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{path}::{name}"
 
 
-def averaged(case, models):
-    average = Case(case.method).make()
-    state = swa_jax.init_average(models[0], average)
-    for model in models:
-        state = swa_jax.update_average(state, model, average)
-    return state
-
-
 # Checkpoints that are not whole.
 
 
 @every_method
 def test_half_a_msgpack_is_refused_wherever_it_ends(case):
-    state = averaged(case, MODELS)
+    state = loop(Case(case.method).make(), MODELS)
     data = flax.serialization.to_bytes(state)
     before = bits(state)
     for end in range(0, len(data), 7):
@@ -68,7 +60,7 @@ def test_half_a_msgpack_is_refused_wherever_it_ends(case):
 def test_half_an_orbax_checkpoint_is_refused_and_the_one_before_is_whole(
     case, tmp_path
 ):
-    states = [averaged(case, MODELS[:n]) for n in (2, 4)]
+    states = [loop(Case(case.method).make(), MODELS[:n]) for n in (2, 4)]
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         for name, state in zip("ab", states, strict=True):
             checkpointer.save(tmp_path / name, state)
@@ -119,7 +111,7 @@ def test_without_the_option_a_bad_weight_spoils_its_own_place_alone(case, bad):
     spoilt = {**MODELS[1], "w": MODELS[1]["w"].copy()}
     spoilt["w"][2] = bad
     models = [MODELS[0], spoilt, MODELS[2], MODELS[3]]
-    state = averaged(case, models)
+    state = loop(Case(case.method).make(), models)
     assert tuple(map(int, counters(state))) == (4, 4)
     found = swa_jax.averaged_params(state, MODELS[3], case.method.state)
     weights = case.method.weights(4)
@@ -139,11 +131,11 @@ def test_weights_that_get_narrower_go_on_in_a_loop_as_they_were_kept(case, name)
     narrow = [
         {**model, "w": jnp.asarray(model["w"]).astype(name)} for model in MODELS[2:]
     ]  # small integers, which all of them hold
-    state = averaged(case, MODELS[:2])
+    state = loop(Case(case.method).make(), MODELS[:2])
     dtypes = [x.dtype for x in jax.tree.leaves(state)]
     for model in narrow:
         state = swa_jax.update_average(state, model, average)
     assert [x.dtype for x in jax.tree.leaves(state)] == dtypes
-    assert bits(state) == bits(averaged(case, MODELS))
+    assert bits(state) == bits(loop(Case(case.method).make(), MODELS))
     found = swa_jax.averaged_params(state, narrow[-1], case.method.state)
     assert found["w"].dtype == name

@@ -25,6 +25,14 @@ def accumulate(state, params, sample=None):
     return swa_jax.averaged_with(state, params, sample=sample)
 
 
+def loop(average, models):
+    """The state of an average after these models, one an epoch."""
+    state = swa_jax.init_average(models[0], average)
+    for each in models:
+        state = swa_jax.update_average(state, each, average)
+    return state
+
+
 def half_ulp(dtype) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
