@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,20 @@ def test_plain_loop_without_openmp_is_numpys(monkeypatch):
 def test_plain_loop_without_a_compiler_is_numpys(monkeypatch):
     monkeypatch.setattr(alone.shutil, "which", lambda name: None)
     assert alone.plain_loop(4)[1] == "NumPy"
+
+
+def test_the_loop_in_c_leaves_subnormals_alone():
+    """-ffast-math would have them zero in every later test: in a thread of its own."""
+    found = []
+
+    def load():
+        alone.c_average(4)
+        found.append(sys.float_info.min / 2)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert found == [2.0**-1023]
 
 
 def test_compiling_alternates(monkeypatch):
