@@ -15,17 +15,17 @@ from swa_jax._reading import as_params, found_for
 from swa_jax._states import words_of
 from swa_jax._validate import check_number, mean_dtype, shown
 from swa_jax.averages.swag import SWAGState
-from swa_jax.typing import PyTree, Which
+from swa_jax.typing import PyTree, TreeT, Which
 
 
 def swag_sample(
     key: jax.Array,
     opt_state: PyTree,
-    params: PyTree,
+    params: TreeT,
     *,
     scale: float | jax.Array = 1.0,
     which: Which = None,
-) -> PyTree:
+) -> TreeT:
     """Draws weights from ``swag``'s Gaussian, ready for use in place of ``params``.
 
     With K the deviations collected (at most ``rank``), D their columns, and standard

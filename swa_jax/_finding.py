@@ -1,7 +1,7 @@
 """Finding an average in an optimizer state, and whether it stands where it must."""
 
 import collections
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 from jax.tree_util import KeyPath
@@ -16,6 +16,7 @@ from swa_jax.typing import PyTree, Which
 
 #: Types of the states that are averages.
 _AVERAGES = (SWAState, EMAState, PowerEMAState, LAWAState, SWAGState)
+_StateT = TypeVar("_StateT")
 #: States of optax.chain and named_chain: one a link, in order.
 _CHAINS = (tuple, collections.OrderedDict)
 #: States of wrappers that turn the updates of the optimizer inside into others.
@@ -50,6 +51,14 @@ def swa_state(opt_state: PyTree) -> SWAState:
       See ``swa``.
     """
     return average_state(opt_state, SWAState)
+
+
+@overload
+def average_state(opt_state: PyTree, which: type[_StateT]) -> _StateT: ...
+
+
+@overload
+def average_state(opt_state: PyTree, which: str | None = None) -> Any: ...
 
 
 def average_state(opt_state: PyTree, which: Which = None) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import optax
@@ -22,9 +22,7 @@ from swa_jax._placement import (
 from swa_jax._states import models_like, with_counters, with_words, words_of
 from swa_jax._validate import check_params, check_sample, shown
 from swa_jax.averages.swa import CompensatedSWAState, swa
-from swa_jax.typing import Placement, PyTree
-
-_StateT = TypeVar("_StateT")
+from swa_jax.typing import Placement, PyTree, TreeT
 
 
 def init_average(
@@ -104,13 +102,13 @@ def init_average(
 
 
 def update_average(
-    state: _StateT,
+    state: TreeT,
     params: PyTree,
     average: optax.GradientTransformationExtraArgs | None = None,
     *,
     sample: bool | jax.Array | None = None,
     skip_nonfinite: bool = False,
-) -> _StateT:
+) -> TreeT:
     """Averages one more model: compiled, and in place.
 
     The old state is donated: use the returned one from then on. ``params`` stays
@@ -149,13 +147,13 @@ def update_average(
 
 
 def averaged_with(
-    state: _StateT,
+    state: TreeT,
     params: PyTree,
     average: optax.GradientTransformationExtraArgs | None = None,
     *,
     sample: bool | jax.Array | None = None,
     skip_nonfinite: bool = False,
-) -> _StateT:
+) -> TreeT:
     """``update_average`` that donates nothing: the old state stays valid.
 
     It takes the room of a second average. For code that keeps its own averages: it

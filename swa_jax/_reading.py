@@ -13,12 +13,10 @@ from swa_jax._placement import beside, is_traced, unwrapped
 from swa_jax._states import with_counters
 from swa_jax._validate import MAX_COUNT, is_weight
 from swa_jax.averages.swa import SWAState
-from swa_jax.typing import PyTree, Which
+from swa_jax.typing import PyTree, TreeT, Which
 
 
-def swa_params(
-    opt_state: PyTree, params: PyTree, *, allow_empty: bool = False
-) -> PyTree:
+def swa_params(opt_state: PyTree, params: TreeT, *, allow_empty: bool = False) -> TreeT:
     """The averaged weights, ready for use in place of ``params``.
 
     Works inside ``jax.jit`` and outside, and never returns a buffer of the state or of
@@ -56,8 +54,8 @@ def swa_params(
 
 
 def averaged_params(
-    opt_state: PyTree, params: PyTree, which: Which = None, *, allow_empty: bool = False
-) -> PyTree:
+    opt_state: PyTree, params: TreeT, which: Which = None, *, allow_empty: bool = False
+) -> TreeT:
     """The weights of any average, ready for use in place of ``params``.
 
     It needs none of the average's hyperparameters. For the rest see ``swa_params``,
@@ -108,8 +106,8 @@ def found_for(caller: str, opt_state: PyTree, params: PyTree, which: Which) -> A
 
 
 def as_params(
-    caller: str, state: Any, weights: PyTree, params: PyTree, allow_empty: bool
-) -> PyTree:
+    caller: str, state: Any, weights: PyTree, params: TreeT, allow_empty: bool
+) -> TreeT:
     """Weights of the state's structure as those of ``params``, if there are any yet."""
     leaves, treedef = jax.tree.flatten(params)
     found = _matched(caller, weights, params)
@@ -118,9 +116,7 @@ def as_params(
     return jax.tree.unflatten(treedef, used)
 
 
-def with_num_updates(
-    opt_state: PyTree, num_updates: Any, which: Which = None
-) -> PyTree:
+def with_num_updates(opt_state: TreeT, num_updates: Any, which: Which = None) -> TreeT:
     """Tells an average how many updates the run has made: SWA for a run under way.
 
     ``start_step`` and ``period`` count the updates that ``swa()`` has seen. In a run

@@ -4,13 +4,15 @@ Most are aliases, to annotate one's own code with; at run time they check nothin
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 from jax.sharding import Sharding
 
 #: Any nesting of containers, with arrays as its leaves.
 PyTree: TypeAlias = Any
+#: A pytree that a function gives back as it was given: the caller's own type.
+TreeT = TypeVar("TreeT")
 #: One sharding for every leaf, a (prefix) pytree of shardings, or a function from a
 #: leaf's ``ShapeDtypeStruct`` to its sharding. ``None``, also as the function's result,
 #: leaves a leaf where the parameter is.

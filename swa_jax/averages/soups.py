@@ -18,10 +18,10 @@ from swa_jax._validate import (
     leaf_dtypes,
     shown,
 )
-from swa_jax.typing import PyTree
+from swa_jax.typing import PyTree, TreeT
 
 
-def soup(models: Iterable[PyTree], weights: Iterable[float] | None = None) -> PyTree:
+def soup(models: Iterable[TreeT], weights: Iterable[float] | None = None) -> TreeT:
     """Averages models: the uniform soup, or a weighted one.
 
     ``sum(w * model) / sum(w)``, in float32 or wider. One model is in memory at a time,
@@ -87,10 +87,10 @@ def mean_of(
 
 
 def greedy_soup(
-    models: Sequence[PyTree],
+    models: Sequence[TreeT],
     scores: Sequence[float],
-    evaluate: Callable[[PyTree], float],
-) -> PyTree:
+    evaluate: Callable[[TreeT], float],
+) -> TreeT:
     """Averages those models that do not make the average worse.
 
     Models are tried from the best score on; each stays if the mean with it scores at

@@ -29,7 +29,7 @@ from swa_jax.batch_stats._leaves import Name, find_partners, kept_leaves, some
 from swa_jax.batch_stats._place import placed_like, send, to_device, to_host
 from swa_jax.batch_stats._share import Segments, places
 from swa_jax.batch_stats._totals import Totals
-from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
+from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree, TreeT
 
 Mode = Literal["pooled", "sample_weighted", "equal_weighted"]
 #: Runs of one batch until it is known which leaves it moves, and how large they are.
@@ -39,7 +39,7 @@ _TRIES = 8
 def recompute_batch_stats(
     batch_stats_fn: BatchStatsFn,
     params: PyTree,
-    batch_stats: PyTree,
+    batch_stats: TreeT,
     batches: Iterable[PyTree],
     *,
     mode: Mode = "pooled",
@@ -47,7 +47,7 @@ def recompute_batch_stats(
     keep: Keep = None,
     pairs: Mapping[str, str] | None = None,
     batch_weight: BatchWeight | None = None,
-) -> PyTree:
+) -> TreeT:
     """Computes the normalisation statistics of ``params`` over ``batches``.
 
     With ``m_b, v_b`` the mean and variance that the model finds in batch ``b``, the
