@@ -154,6 +154,7 @@ def _noisy_labels(name: str, noise: float, **rates: float) -> None:
             swa_epochs=(10,),
             early_stopping=True,
             width_plot=False,
+            seeds=10,
             **rates,
         ),
         Tuning(
@@ -168,7 +169,7 @@ SGD to its end and stopped early, against the averages of one run.
 
 Command: python -m experiments {name}
 Expected: docs/results/{name}.
-Run time: 10 minutes on 2 CPU cores with two other jobs on them.
+Run time: 17 minutes on one CPU core.
 Rates and weight decay: python -m experiments tune {name}
 """,
     )

@@ -159,8 +159,11 @@ def read_log(path: pathlib.Path) -> ParsedLog:
     """Read metrics.jsonl and those of shares, also while a job writes them.
 
     Raises:
-        StorageError: It is not there, or is not a job's log.
+        StorageError: There is neither, or it is not a job's log.
     """
+    shares = sorted(path.parent.glob("metrics-*-of-*.jsonl"))
+    if shares and not path.exists():
+        path = shares[0]  # the command that brings them together is yet to come
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -177,7 +180,7 @@ def read_log(path: pathlib.Path) -> ParsedLog:
             f"{path} does not begin with a job's configuration; name the --workdir of"
             " a job that has begun to train."
         ) from error
-    for share in sorted(path.parent.glob("metrics-*-of-*.jsonl")):
+    for share in shares:
         if share != path:
             text = share.read_text()
             events = map(json.loads, text[: text.rfind("\n") + 1].splitlines())

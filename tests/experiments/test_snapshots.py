@@ -113,6 +113,8 @@ def test_shares_together_are_the_whole_job(tiny, tmp_path):
     for part in (2, 1):
         assert not train_and_evaluate(override(parts, share=(part, 2)), quiet())
         assert not parts.directory.results.exists()
+    so_far = read_log(parts.directory.metrics)  # as `report` does
+    assert all(so_far.of("test", "sgd", seed) for seed in range(2))
     run_job(parts)
     found = [json.loads(each.directory.results.read_text()) for each in (whole, parts)]
     assert found[0]["rows"] == found[1]["rows"]
