@@ -153,6 +153,19 @@ def test_noisy_labels_are_those_of_the_results():
         assert f"{tested[row].accuracy:+.2f} points" in README
 
 
+def test_rates_of_a_noisy_validation_split_are_told_as_measured(tmp_path):
+    recorded = RESULTS["noisy_labels"] / "results_noisy_validation.json"
+    (tmp_path / "results.json").write_bytes(recorded.read_bytes())
+    cells = tables.table_cells(tables.Results.read(Workdir(tmp_path)).rows)
+    expected = {c[0]: [c[1], c[2], c[4]] for c in cells}
+    shown = PAGE[PAGE.index("On the test split these rates score") :]
+    rows = re.findall(r"^\| ([^|]+?) \| (\d[^|]+?) \|(.+)\|$", shown, re.MULTILINE)[:5]
+    assert len(rows) == 5
+    for label, accuracy, rest in rows:
+        found = [accuracy, *(cell.strip() for cell in rest.split("|"))]
+        assert found == expected[label]
+
+
 @pytest.mark.parametrize("name", [n for n in RESULTS if n not in APART])
 def test_summary_is_that_of_the_results(name):
     _, rows, comparisons = read_results(name)

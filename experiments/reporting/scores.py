@@ -20,9 +20,9 @@ _COLOURS = {"sgd": BLUE, "swa": ORANGE}
 def plot_scores(results: Results) -> bytes:
     """Draw accuracy, loss and calibration of every row; return a PNG.
 
-    A dot is a seed, a bar the mean over seeds. Ablations are left to the table. What
-    would squeeze the others into a corner is told as a number at the edge: no axis is
-    wider than four times the spread of the better half.
+    A dot is a seed, a bar the mean over seeds. Ablations are left to the table. A row
+    that would squeeze the others into a corner is told as its mean, at the edge: one
+    that is further from the best than four times the spread of the better half.
     """
     rows = [row for row in results.rows if row.weights not in ABLATIONS]
     panels = {
@@ -36,26 +36,25 @@ def plot_scores(results: Results) -> bytes:
     for index, (each, (title, values)) in enumerate(
         zip(axes, panels.items(), strict=True)
     ):
-        for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
-            colour = _COLOURS.get(row.method, GREEN)
-            mean = statistics.fmean(seeds)
-            each.plot(seeds, [place] * len(seeds), "o", color=colour, alpha=0.4, ms=4)
-            each.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, lw=2.5)
-        low, high = _limits(values, upwards=index == 0)
+        upwards = index == 0  # accuracy
+        shown = _shown(values, upwards)
+        seen = [value for seeds in shown for value in seeds]
+        margin = 0.05 * (max(seen) - min(seen)) or 1e-3
+        low, high = min(seen) - margin, max(seen) + margin
         each.set_xlim(low, high)
-        for place, seeds in enumerate(values):
-            mean = statistics.fmean(seeds)
-            if mean < low:
-                each.text(low, place, f" ◀ {mean:.4g}", va="center", fontsize="small")
-            elif mean > high:
-                each.text(
-                    high,
-                    place,
-                    f"{mean:.4g} ▶ ",
-                    va="center",
-                    ha="right",
-                    fontsize="small",
+        for place, (row, seeds) in enumerate(zip(rows, values, strict=True)):
+            mean, colour = statistics.fmean(seeds), _COLOURS.get(row.method, GREEN)
+            if seeds in shown:
+                each.plot(seeds, [place] * len(seeds), "o", c=colour, alpha=0.4, ms=4)
+                ends = [place - 0.3, place + 0.3]
+                each.plot([mean, mean], ends, color=colour, lw=2.5)
+            else:
+                edge, side, text = (
+                    (low, "left", f" ◀ {mean:.4g}")
+                    if upwards
+                    else (high, "right", f"{mean:.4g} ▶ ")
                 )
+                each.text(edge, place, text, va="center", ha=side, fontsize="small")
         each.set_xlabel(title)
     axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
@@ -69,8 +68,8 @@ def plot_scores(results: Results) -> bytes:
     return as_png(figure)
 
 
-def _limits(values: list[list[float]], upwards: bool) -> tuple[float, float]:
-    """Where an axis begins and ends.
+def _shown(values: list[list[float]], upwards: bool) -> list[list[float]]:
+    """Of the rows, those that an axis has room for.
 
     Args:
         values: Of each row, with every seed.
@@ -79,11 +78,4 @@ def _limits(values: list[list[float]], upwards: bool) -> tuple[float, float]:
     means = sorted(map(statistics.fmean, values), reverse=upwards)
     best, middle = means[0], means[len(means) // 2]
     spread = max(abs(middle - best), 1e-3 * abs(best), 1e-9)
-    every = [value for seeds in values for value in seeds]
-    low, high = min(every), max(every)
-    if upwards:
-        low = max(low, best - 4 * spread)
-    else:
-        high = min(high, best + 4 * spread)
-    margin = 0.05 * (high - low) or 1e-3
-    return low - margin, high + margin
+    return [v for v in values if abs(statistics.fmean(v) - best) <= 4 * spread]
