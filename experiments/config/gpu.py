@@ -108,7 +108,11 @@ experiment(
     dataclasses.replace(
         SHAKESPEARE,
         protocol=dataclasses.replace(
-            _ANY_BUDGET, swa_lr=2e-3, peaks=(2e-3, 8e-3, 8e-3, 8e-3)
+            _ANY_BUDGET,
+            epochs=20,
+            read_at=(5, 10, 20),
+            swa_lr=2e-3,
+            peaks=(2e-3, 8e-3, 8e-3),
         ),
         seeds=3,
         saving=Saving(checkpoint_every=5000, width_plot=False),
