@@ -122,7 +122,7 @@ def read_results(name: str) -> tables.Results:
 
 
 NOISY = {"0 %": "noisy_labels_0", "20 %": "noisy_labels_20", "40 %": "noisy_labels"}
-APART = {*NOISY.values(), "any_budget"}
+APART = {*NOISY.values(), *(name for name in RESULTS if name.startswith("any_budget"))}
 
 
 def test_summary_has_a_row_for_each_experiment():

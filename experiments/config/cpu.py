@@ -179,19 +179,19 @@ _noisy_labels("noisy_labels", 0.4, learning_rate=0.4, weight_decay=2e-3, swa_lr=
 _noisy_labels("noisy_labels_20", 0.2, learning_rate=0.4, weight_decay=2e-3, swa_lr=0.05)
 _noisy_labels("noisy_labels_0", 0.0, learning_rate=0.8, weight_decay=5e-4, swa_lr=0.1)
 
+_BUDGETS = AnyBudget(
+    epochs=60,
+    read_at=(5, 10, 15, 20, 30, 40, 60),
+    peaks=(0.4, 0.4, 0.8, 0.8, 0.8, 0.4, 0.8),
+    swa_lr=0.2,
+    averages=("ema:0.99", "ema:0.997", "power:0.1"),
+)
+_ANY_BUDGET = dataclasses.replace(
+    _5000_IMAGES, protocol=_BUDGETS, saving=Saving(width_plot=False)
+)
 experiment(
     "any_budget",
-    dataclasses.replace(
-        _5000_IMAGES,
-        protocol=AnyBudget(
-            epochs=60,
-            read_at=(5, 10, 15, 20, 30, 40, 60),
-            peaks=(0.4, 0.4, 0.8, 0.8, 0.8, 0.4, 0.8),
-            swa_lr=0.2,
-            averages=("ema:0.99", "ema:0.997", "power:0.1"),
-        ),
-        saving=Saving(width_plot=False),
-    ),
+    _ANY_BUDGET,
     Tuning(
         tune_learning_rates=(0.4, 0.8),
         tune_weight_decays=(5e-4,),
@@ -206,7 +206,7 @@ Rates, with the weight decay of noisy_labels_0: python -m experiments tune any_b
 """,
 )
 
-SHAKESPEARE = Config(
+_SHAKESPEARE = Config(
     data=Shakespeare(
         train_examples=4000, batch_size=32, eval_batch_size=200, context=64
     ),
@@ -223,7 +223,7 @@ SHAKESPEARE = Config(
 )
 experiment(
     "shakespeare",
-    SHAKESPEARE,
+    _SHAKESPEARE,
     FineTuneTuning(
         tune_learning_rates=(2e-3, 4e-3, 8e-3),
         tune_weight_decays=(0.1, 0.4),
@@ -239,5 +239,65 @@ Command: python -m experiments shakespeare
 Expected test loss per byte: docs/results/shakespeare.
 Run time: 33 minutes on 2 CPU cores.
 Rates and weight decay: python -m experiments tune shakespeare
+""",
+)
+
+experiment(
+    "any_budget_60000",
+    override(
+        _ANY_BUDGET,
+        train_examples=None,
+        hold_out=False,
+        batch_size=256,
+        max_shift=2,
+        flip=True,
+        learning_rate=0.4,
+        weight_decay=1.25e-4,
+        epochs=40,
+        read_at=(5, 10, 20, 40),
+        peaks=(1.6, 1.6, 0.8, 0.4),
+        seeds=3,
+        checkpoint_every=5000,
+    ),
+    Tuning(
+        tune_learning_rates=(0.2, 0.4, 0.8),
+        tune_weight_decays=(1.25e-4,),
+        tune_swa_lrs=(0.1, 0.2, 0.4),
+    ),
+    """`any_budget` on all of Fashion-MNIST, shifted and mirrored, with batches of 256.
+
+Command: python -m experiments any_budget_60000
+Expected: docs/results/any_budget_60000. A run for each budget is better here.
+Run time: 80 minutes on one CPU core.
+Rates, with the weight decay of fashion_mnist_60000:
+python -m experiments tune any_budget_60000
+""",
+)
+experiment(
+    "any_budget_shakespeare",
+    dataclasses.replace(
+        _SHAKESPEARE,
+        protocol=dataclasses.replace(
+            _BUDGETS,
+            epochs=20,
+            read_at=(5, 10, 20),
+            peaks=(2e-3, 8e-3, 8e-3),
+            swa_lr=2e-3,
+        ),
+        seeds=3,
+        saving=Saving(checkpoint_every=5000, width_plot=False),
+    ),
+    Tuning(
+        tune_learning_rates=(4e-3, 8e-3),
+        tune_weight_decays=(1.6,),
+        tune_swa_lrs=(1e-3, 2e-3, 4e-3),
+    ),
+    """`any_budget` for the language model of `shakespeare`, with AdamW.
+
+Command: python -m experiments any_budget_shakespeare
+Expected: not recorded yet; docs/tunings has the tuning.
+Run time: not measured.
+Rates, with the weight decay of `shakespeare`:
+python -m experiments tune any_budget_shakespeare
 """,
 )

@@ -1,8 +1,5 @@
 """The named experiments that want an accelerator."""
 
-import dataclasses
-
-from experiments.config.cpu import SHAKESPEARE
 from experiments.config.registry import experiment
 from experiments.config.schema import (
     Config,
@@ -15,12 +12,10 @@ from experiments.data.cifar import Cifar10, Cifar100
 from experiments.data.fashion_mnist import FashionMnist
 from experiments.data.imagenet import ImageNet
 from experiments.models import Model
-from experiments.models.convnet import ConvNet
 from experiments.models.preresnet import PreResNet
 from experiments.models.resnet import STAGES, ResNet
 from experiments.models.vgg import VGG16
 from experiments.models.wide_resnet import WideResNet
-from experiments.training.any_budget import AnyBudget
 from experiments.training.optimizer import Optimizer
 from experiments.training.protocols import Budgets, FineTune, SideBySide
 
@@ -68,69 +63,6 @@ _on_a_gpu("fashion_mnist_preresnet", _PRERESNET, 0.0)
 _on_a_gpu("fashion_mnist_preresnet_noisy", _PRERESNET, 0.4)
 _on_a_gpu("fashion_mnist_wide_resnet", _WIDE_RESNET, 0.0, learning_rate=0.2)
 _on_a_gpu("fashion_mnist_wide_resnet_noisy", _WIDE_RESNET, 0.4)
-
-_ANY_BUDGET = AnyBudget(
-    epochs=40,
-    read_at=(5, 10, 20, 40),
-    swa_lr=0.1,
-    averages=("ema:0.99", "ema:0.997", "power:0.1"),
-)
-experiment(
-    "any_budget_60000",
-    Config(
-        data=FashionMnist(
-            hold_out=False, batch_size=256, eval_batch_size=500, max_shift=2, flip=True
-        ),
-        model=ConvNet(widths=(16, 32, 32), strides=(2, 2, 1)),
-        optimizer=Optimizer(learning_rate=0.4, weight_decay=1.25e-4),
-        protocol=dataclasses.replace(
-            _ANY_BUDGET, swa_lr=0.2, peaks=(1.6, 1.6, 0.8, 0.4)
-        ),
-        seeds=3,
-        saving=Saving(checkpoint_every=5000, width_plot=False),
-    ),
-    Tuning(
-        tune_learning_rates=(0.2, 0.4, 0.8),
-        tune_weight_decays=(1.25e-4,),
-        tune_swa_lrs=(0.1, 0.2, 0.4),
-    ),
-    """`any_budget` on all of Fashion-MNIST, shifted and mirrored, with batches of 256.
-
-Command: python -m experiments any_budget_60000
-Expected: not recorded yet; docs/tunings has the tuning.
-Run time: not measured.
-Rates, with the weight decay of fashion_mnist_60000:
-python -m experiments tune any_budget_60000
-""",
-)
-experiment(
-    "any_budget_shakespeare",
-    dataclasses.replace(
-        SHAKESPEARE,
-        protocol=dataclasses.replace(
-            _ANY_BUDGET,
-            epochs=20,
-            read_at=(5, 10, 20),
-            swa_lr=2e-3,
-            peaks=(2e-3, 8e-3, 8e-3),
-        ),
-        seeds=3,
-        saving=Saving(checkpoint_every=5000, width_plot=False),
-    ),
-    Tuning(
-        tune_learning_rates=(4e-3, 8e-3),
-        tune_weight_decays=(1.6,),
-        tune_swa_lrs=(1e-3, 2e-3, 4e-3),
-    ),
-    """`any_budget` for the language model of `shakespeare`, with AdamW.
-
-Command: python -m experiments any_budget_shakespeare
-Expected: not recorded yet; docs/tunings has the tuning.
-Run time: not measured.
-Rates, with the weight decay of `shakespeare`:
-python -m experiments tune any_budget_shakespeare
-""",
-)
 
 
 # The original repository's settings: github.com/timgaripov/swa, README.md at commit
