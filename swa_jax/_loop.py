@@ -22,7 +22,7 @@ from swa_jax._placement import (
 from swa_jax._states import models_like, with_counters, with_words, words_of
 from swa_jax._validate import check_params, check_sample, shown
 from swa_jax.averages.swa import CompensatedSWAState, swa
-from swa_jax.typing import Placement, PyTree, TreeT
+from swa_jax.typing import Placement, PyTree, Sample, TreeT
 
 
 def init_average(
@@ -106,7 +106,7 @@ def update_average(
     params: PyTree,
     average: optax.GradientTransformationExtraArgs | None = None,
     *,
-    sample: bool | jax.Array | None = None,
+    sample: Sample = None,
     skip_nonfinite: bool = False,
 ) -> TreeT:
     """Averages one more model: compiled, and in place.
@@ -151,7 +151,7 @@ def averaged_with(
     params: PyTree,
     average: optax.GradientTransformationExtraArgs | None = None,
     *,
-    sample: bool | jax.Array | None = None,
+    sample: Sample = None,
     skip_nonfinite: bool = False,
 ) -> TreeT:
     """``update_average`` that donates nothing: the old state stays valid.

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from swa_jax._validate import check_count, check_rate, shown
-from swa_jax.typing import Strategy
+from swa_jax.typing import Rate, Strategy
 
 _check_steps = functools.partial(
     check_count,
@@ -29,7 +29,7 @@ _check_steps = functools.partial(
 
 
 def cosine_to_constant_schedule(
-    init_value: float, swa_lr: float, decay_steps: int, *, warmup_steps: int = 0
+    init_value: Rate, swa_lr: Rate, decay_steps: int, *, warmup_steps: int = 0
 ) -> optax.Schedule:
     """Cosine decay from ``init_value`` to ``swa_lr``, joined to that constant.
 
@@ -96,7 +96,7 @@ def cosine_to_constant_schedule(
 
 def swa_schedule(
     base: optax.ScalarOrSchedule,
-    swa_lr: float | None,
+    swa_lr: Rate | None,
     start_step: int,
     anneal_steps: int,
     *,
@@ -163,7 +163,7 @@ def swa_schedule(
 
 
 def linear_to_constant_schedule(
-    init_value: float, swa_lr: float, start_step: int
+    init_value: Rate, swa_lr: Rate, start_step: int
 ) -> optax.Schedule:
     """Constant, then linear, then constant: the original repository's schedule.
 
@@ -211,7 +211,7 @@ def linear_to_constant_schedule(
 
 
 def cyclic_schedule(
-    max_value: float, min_value: float, cycle_steps: int
+    max_value: Rate, min_value: Rate, cycle_steps: int
 ) -> optax.Schedule:
     """Saw-tooth from ``max_value`` down to ``min_value``: the paper's cyclical rate.
 

@@ -55,6 +55,11 @@ def _bytes(dtype: str, dims: str) -> int:
     return int(np.prod([int(d) for d in dims.split(",") if d], dtype=int)) * bits // 8
 
 
+def programs(step: Any) -> int:
+    """How many a jitted function has been compiled to; JAX has no public way to ask."""
+    return step._cache_size()
+
+
 def collectives(compiled: Any) -> collections.Counter[str]:
     """How often each kind of communication stands in a ``jax.stages.Compiled``."""
     found = _COLLECTIVE.findall(compiled.as_text())

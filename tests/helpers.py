@@ -2,12 +2,16 @@
 
 import io
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import rich.console
 
 from experiments.data.augment import WHOLE
 from experiments.data.batches import TrainBatches
+from experiments.data.dataset import DataSet
+from experiments.data.splits import MemorySplit, load_splits
 from experiments.jobs.main import Trainer, train_and_evaluate
 
 
@@ -19,6 +23,23 @@ def quiet(width=120):
 def trainer(config, split):
     """Arms and scorers of a configuration, on one split for everything."""
     return Trainer(config, dict.fromkeys(("train", "validation", "test"), split))
+
+
+def memory_splits(
+    dataset: DataSet, names: Sequence[str], **options: Any
+) -> dict[str, MemorySplit]:
+    """`load_splits` of a data set that is read into memory, as all small ones are."""
+    found = {}
+    for name, split in load_splits(dataset, names, **options).items():
+        assert isinstance(split, MemorySplit)
+        found[name] = split
+    return found
+
+
+def told(console: rich.console.Console) -> str:
+    """What a quiet console was told."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def compile_arm(config, split, window):

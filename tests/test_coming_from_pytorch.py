@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import swa_jax
+from tests.swa_jax.transformations import structure
 from tests.test_docs import PAGES, run
 
 PAGE = PAGES["coming-from-pytorch.md"]
@@ -151,7 +152,7 @@ def test_names_mean_what_the_row_says(name, scope):
 
 def assert_close(found: Any, expected: Any) -> None:
     """Equal to float32 rounding, with the same structure."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert structure(found) == structure(expected)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
         found,

@@ -5,7 +5,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 PyTree = Any
@@ -56,7 +56,7 @@ class Line:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def take_turns(actions: dict[str, Action], rounds: int) -> dict[str, list[float]]:
+def take_turns(actions: Mapping[str, Action], rounds: int) -> dict[str, list[float]]:
     """Time every action once a round, in an order that changes; seconds by name."""
     for action in actions.values():  # compile, warm the caches
         action()

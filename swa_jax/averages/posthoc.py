@@ -29,7 +29,10 @@ class Snapshot(NamedTuple):
 
 
 def posthoc_ema(
-    snapshots: Iterable[Snapshot], *, sigma_rel: float, step: float
+    snapshots: Iterable[Snapshot | tuple[float, float, PyTree]],
+    *,
+    sigma_rel: float,
+    step: float,
 ) -> PyTree:
     """Puts an average together that was never kept, from stored ones.
 

@@ -18,7 +18,7 @@ from swa_jax._validate import (
     leaf_dtypes,
     shown,
 )
-from swa_jax.typing import PyTree, TreeT
+from swa_jax.typing import Indexed, PyTree, TreeT
 
 
 def soup(models: Iterable[TreeT], weights: Iterable[float] | None = None) -> TreeT:
@@ -87,7 +87,7 @@ def mean_of(
 
 
 def greedy_soup(
-    models: Sequence[TreeT],
+    models: Indexed[TreeT],
     scores: Sequence[float],
     evaluate: Callable[[TreeT], float],
 ) -> TreeT:
@@ -99,7 +99,7 @@ def greedy_soup(
 
     Args:
       models: sequence of pytrees alike, see ``soup``; taken by index, one at a time, so
-        it may load them.
+        it may load them, and a length and items are enough.
       scores: of each model by itself, higher is better. The best is that of the first
         soup, so they must come from ``evaluate``, or be comparable with it.
       evaluate: from weights to a score, higher is better; called once for each model

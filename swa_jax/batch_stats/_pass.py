@@ -8,7 +8,7 @@ old values of the size of its own statistics.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,8 @@ from swa_jax.batch_stats._leaves import Name, find_partners, kept_leaves, some
 from swa_jax.batch_stats._place import placed_like, send, to_device, to_host
 from swa_jax.batch_stats._share import Segments, places
 from swa_jax.batch_stats._totals import Totals
-from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree, TreeT
+from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, Mode, PyTree, TreeT
 
-Mode = Literal["pooled", "sample_weighted", "equal_weighted"]
 #: Runs of one batch until it is known which leaves it moves, and how large they are.
 _TRIES = 8
 

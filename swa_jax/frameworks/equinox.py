@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from equinox.nn import BatchNorm, SpectralNorm, State, StateIndex
 
 import swa_jax
-from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._kept import kept, weak
-from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, PyTree
+from swa_jax.typing import BatchStatsFn, BatchWeight, Keep, Mode, PyTree
 
 _Node = TypeVar("_Node")
 #: A counter that no training after it takes beyond int32.

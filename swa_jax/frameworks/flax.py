@@ -8,10 +8,9 @@ import flax.linen as nn
 from flax import nnx
 
 import swa_jax
-from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._inputs import arguments_of, check_inputs
 from swa_jax.frameworks._kept import kept, weak
-from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
+from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, Mode, PyTree
 
 
 def batch_stats_fn(

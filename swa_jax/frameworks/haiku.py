@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import swa_jax
-from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._kept import kept, weak
-from swa_jax.typing import BatchWeight, Keep, PyTree
+from swa_jax.typing import BatchWeight, Keep, Mode, PyTree
 
 #: Of a long average: ``1 - decay**counter`` is 1 for any float32 decay below 1, and
 #: no training after it takes it beyond int32.

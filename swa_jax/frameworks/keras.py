@@ -23,10 +23,9 @@ import optax
 
 import swa_jax
 from swa_jax.batch_stats._batches import check_batches
-from swa_jax.batch_stats._pass import Mode
 from swa_jax.frameworks._inputs import arguments_of, check_inputs
 from swa_jax.frameworks._kept import kept, weak
-from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, PyTree
+from swa_jax.typing import BatchStatsFn, BatchWeight, Inputs, Keep, Mode, PyTree
 
 if keras.backend.backend() != "jax":
     raise ImportError(

@@ -11,13 +11,13 @@ from swa_jax._reading import swa_params
 from swa_jax._validate import known, shown
 from swa_jax.batch_stats import recompute_batch_stats
 from swa_jax.recipe._metrics import equal
-from swa_jax.recipe._state import RecipeState, TrainingState
+from swa_jax.recipe._state import RecipeState, StateT
 from swa_jax.schedules import scalar_arithmetic
 from swa_jax.typing import BatchStatsFn, PyTree
 
 
 @scalar_arithmetic()
-def install(state: TrainingState, tick: int | None = None) -> TrainingState:
+def install(state: StateT, tick: int | None = None) -> StateT:
     """Makes the averaged weights the current ones, if there are any."""
     swa: RecipeState = state.swa  # type: ignore[assignment]
     if tick is not None:
@@ -32,10 +32,10 @@ def install(state: TrainingState, tick: int | None = None) -> TrainingState:
 
 
 def finish(
-    state: TrainingState,
+    state: StateT,
     batch_stats_fn: BatchStatsFn | None,
     train_batches: Callable[[], Iterable[PyTree]] | None,
-) -> TrainingState:
+) -> StateT:
     """Ends with the average and its statistics, unless training went on from it."""
     swa: RecipeState = state.swa  # type: ignore[assignment]
     if not int(known(swa.average.num_averaged)):

@@ -12,9 +12,10 @@ from swa_jax.recipe._ends import finish, install
 from swa_jax.recipe._metrics import metrics
 from swa_jax.recipe._settings import Settings
 from swa_jax.recipe._state import (
+    AnyTrainingState,
     Event,
     RecipeState,
-    TrainingState,
+    StateT,
     check_arguments,
     check_carried,
     check_functions,
@@ -29,7 +30,7 @@ from swa_jax.schedules import scalar_arithmetic
 from swa_jax.typing import BatchStatsFn, Logger, PyTree
 
 
-def match(settings: Settings, event: Event, state: TrainingState) -> bool:
+def match(settings: Settings, event: Event | str, state: AnyTrainingState) -> bool:
     """See ``SWA.match``."""
     event = check_arguments(event, state)
     when = settings.window(Length.of(state.num_epochs, state.steps_per_epoch))
@@ -45,12 +46,12 @@ def match(settings: Settings, event: Event, state: TrainingState) -> bool:
 
 def apply(
     settings: Settings,
-    event: Event,
-    state: TrainingState,
+    event: Event | str,
+    state: StateT,
     logger: Logger | None,
     batch_stats_fn: BatchStatsFn | None,
     train_batches: Callable[[], Iterable[PyTree]] | None,
-) -> TrainingState:
+) -> StateT:
     """See ``SWA.apply``."""
     event = check_arguments(event, state)
     check_functions(
@@ -82,7 +83,7 @@ def apply(
 
 
 @scalar_arithmetic()
-def _start(settings: Settings, state: TrainingState, length: Length) -> TrainingState:
+def _start(settings: Settings, state: StateT, length: Length) -> StateT:
     """Creates the average, or takes up the one that a checkpoint brought back."""
     when = settings.window(length)
     if state.swa is None:
@@ -104,9 +105,7 @@ def _start(settings: Settings, state: TrainingState, length: Length) -> Training
 
 
 @scalar_arithmetic()
-def _average(
-    settings: Settings, state: TrainingState, length: Length, tick: int
-) -> TrainingState:
+def _average(settings: Settings, state: StateT, length: Length, tick: int) -> StateT:
     """Averages the weights, then moves the learning rate."""
     before: RecipeState = state.swa  # type: ignore[assignment]
     rate = state.learning_rate

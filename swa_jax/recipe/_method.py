@@ -13,7 +13,7 @@ import optax
 
 from swa_jax.recipe import _loop_form, _optax_form
 from swa_jax.recipe._settings import Settings
-from swa_jax.recipe._state import Event, TrainingState
+from swa_jax.recipe._state import AnyTrainingState, Event, StateT
 from swa_jax.typing import BatchStatsFn, Logger, PyTree
 
 
@@ -139,11 +139,11 @@ class SWA(Settings):
 
     # In a loop.
 
-    def match(self, event: Event, state: TrainingState) -> bool:
+    def match(self, event: Event | str, state: AnyTrainingState) -> bool:
         """Whether the method acts on ``event``.
 
         Args:
-          event: what has just happened.
+          event: what has just happened, or its value (``"epoch_end"``).
           state: the training state; only its numbers are read.
 
         Returns:
@@ -161,13 +161,13 @@ class SWA(Settings):
 
     def apply(
         self,
-        event: Event,
-        state: TrainingState,
+        event: Event | str,
+        state: StateT,
         logger: Logger | None = None,
         *,
         batch_stats_fn: BatchStatsFn | None = None,
         train_batches: Callable[[], Iterable[PyTree]] | None = None,
-    ) -> TrainingState:
+    ) -> StateT:
         """Acts on ``event``: a pure function, which leaves ``state`` untouched.
 
         - ``TRAINING_START`` creates the average. A state that has one, from a
@@ -182,8 +182,9 @@ class SWA(Settings):
         saved and restored goes on exactly.
 
         Args:
-          event: what has just happened. One that ``match`` declines changes nothing.
-          state: the training state.
+          event: see ``match``. One that ``match`` declines changes nothing.
+          state: the training state, also a NamedTuple of your own with these fields and
+            more.
           logger: called with a dict of floats after each model that was to be averaged:
             ``"swa/num_averaged"``, ``"swa/learning_rate"`` and ``"swa/distance"``, the
             Euclidean distance between average and weights (NaN for weights that are
@@ -195,7 +196,7 @@ class SWA(Settings):
             training data, for ``batch_stats_fn``.
 
         Returns:
-          The new state.
+          The new state, of the same type.
 
         Raises:
           ValueError: no ``TRAINING_START`` before, ``params`` of another model than

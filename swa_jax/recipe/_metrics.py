@@ -9,7 +9,7 @@ from swa_jax._diagnostics import distance
 from swa_jax._placement import beside
 from swa_jax._validate import known
 from swa_jax.averages.swa import SWAState
-from swa_jax.recipe._state import TrainingState
+from swa_jax.recipe._state import AnyTrainingState
 from swa_jax.schedules import scalar_arithmetic
 from swa_jax.typing import PyTree
 
@@ -20,7 +20,7 @@ def equal(tree: PyTree, other: PyTree) -> bool:
     return bool(known(_equal_leaves(tree, other)))
 
 
-def metrics(state: TrainingState) -> dict[str, float]:
+def metrics(state: AnyTrainingState) -> dict[str, float]:
     """What the logger gets."""
     average: SWAState = state.swa.average  # type: ignore[union-attr]
     return {

@@ -13,7 +13,7 @@ import numpy as np
 from swa_jax._validate import check_count, check_rate, shown
 from swa_jax.recipe._timing import Length, Window, parse_time, window
 from swa_jax.schedules import anneal, check_strategy
-from swa_jax.typing import Strategy
+from swa_jax.typing import Rate, Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
 
     swa_start: float | str = 0.8
     anneal_epochs: int = 10
-    swa_lr: float | None = None
+    swa_lr: Rate | None = None
     _: dataclasses.KW_ONLY
     anneal_strategy: Strategy = "cos"
     swa_end: str | None = None

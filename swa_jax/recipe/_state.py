@@ -1,7 +1,7 @@
 """What a training loop tells the method, what the method keeps, and their checks."""
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from swa_jax._placement import is_traced
 from swa_jax._validate import check_count, known, shown
 from swa_jax.averages.swa import SWAState
 from swa_jax.recipe._timing import Window
-from swa_jax.typing import PyTree
+from swa_jax.typing import PyTree, Rate
 
 
 class Event(enum.StrEnum):
@@ -64,10 +64,36 @@ class TrainingState(NamedTuple):
     num_epochs: int
     params: PyTree
     batch_stats: PyTree
-    learning_rate: jax.typing.ArrayLike
+    learning_rate: Rate
     swa: RecipeState | None = None
     num_updates: int | None = None
     steps_per_epoch: int | None = None
+
+
+class AnyTrainingState(Protocol):
+    """A ``TrainingState``, or a NamedTuple of one's own with its fields and more."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def num_epochs(self) -> int: ...
+    @property
+    def params(self) -> PyTree: ...
+    @property
+    def batch_stats(self) -> PyTree: ...
+    @property
+    def learning_rate(self) -> Rate: ...
+    @property
+    def swa(self) -> RecipeState | None: ...
+    @property
+    def num_updates(self) -> int | None: ...
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+    def _replace(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+#: The caller's own type of training state, which is given back.
+StateT = TypeVar("StateT", bound=AnyTrainingState)
 
 
 def check_arguments(event: Any, state: Any) -> Event:
@@ -105,7 +131,7 @@ def tick_event(when: Window) -> Event:
     return Event.EPOCH_END if when.unit == "ep" else Event.BATCH_END
 
 
-def current_tick(when: Window, state: TrainingState) -> int:
+def current_tick(when: Window, state: AnyTrainingState) -> int:
     """The tick that has just come."""
     if when.unit == "ep":
         epoch = check_count("state.epoch", state.epoch, at_least=0)

@@ -362,15 +362,16 @@ AVERAGES |= {
     for axes in (AxisType.Explicit, AxisType.Auto)
 }
 #: Averages placed elsewhere than the parameters.
+_SPREADING: dict[str, Callable[..., Report]] = {
+    "spread": compile_spread,
+    "update_average spread": functools.partial(
+        compile_update, layout="replicated", average="fsdp"
+    ),
+}
 SPREAD = {
     f"{what}/replicated/{axes.name.lower()}": functools.partial(compiler, axes=axes)
     for axes in (AxisType.Explicit, AxisType.Auto)
-    for what, compiler in {
-        "spread": compile_spread,
-        "update_average spread": functools.partial(
-            compile_update, layout="replicated", average="fsdp"
-        ),
-    }.items()
+    for what, compiler in _SPREADING.items()
 }
 #: Averages in host memory, beside the parameters and spread.
 HOSTED = {

@@ -83,7 +83,7 @@ def report_of(tmp_path_factory) -> ReportOf:
     return report_of
 
 
-def on(target: str, *values: str):
+def on(target: str, *values: str | set[str]):
     """A parameter set on a target, marked where it takes a compiler from outside."""
     mark = pytest.mark.slow if target == CPU else pytest.mark.aot
     return pytest.param(target, *values, marks=mark)

@@ -14,8 +14,8 @@ import json
 import pathlib
 import time
 import traceback
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     """What to compile for, and what."""
 
     devices: Callable[[], cases.Devices]
-    cases: dict[str, Callable[[cases.Devices], Report]]
+    cases: Mapping[str, Callable[[cases.Devices], Report]]
 
 
 def _tpu(topology: str) -> cases.Devices:
@@ -80,6 +80,7 @@ def main() -> None:
     devices = target.devices()
     for name in args.case or target.cases:
         print(json.dumps({"case": name}), flush=True)
+        found: dict[str, Any]
         start, cpu_start = time.perf_counter(), time.process_time()
         try:
             found = {"report": dataclasses.asdict(target.cases[name](devices))}

@@ -6,6 +6,8 @@ import math
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +152,8 @@ def test_passes_over_a_network():
     statistics = actions["pass"]()
     assert len(jax.tree.leaves(statistics)) == 4
     assert actions["training"]() is None
-    assert [x.shape for x in actions["inference"]()] == [(2, 2, 2, 4)] * 3
+    outputs: Any = actions["inference"]()
+    assert [x.shape for x in outputs] == [(2, 2, 2, 4)] * 3
 
 
 @pytest.mark.slow
@@ -245,9 +248,10 @@ def test_averages_are_compared_with_swa_and_with_others(monkeypatch):
 
 def test_skipped_steps_average_nothing_and_sampled_ones_do():
     params = {"w": jnp.ones(3)}
-    for average in (swa_jax.swa, *averages.AVERAGES.values()):
+    makes: list[Callable[..., Any]] = [swa_jax.swa, *averages.AVERAGES.values()]
+    for make in makes:
         for period, count in ((1, 2), (10**9, 0)):
-            step = peers.OptimizerStep(params, average(period=period))
+            step = peers.OptimizerStep(params, make(period=period))
             step.run()
             step.run()
             state = swa_jax.average_state(step.state[1])

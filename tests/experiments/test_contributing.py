@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ PAGE = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 @pytest.mark.slow
 def test_a_network_is_one_file(tiny):
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    namespace = {"__name__": "mlp"}
+    namespace: dict[str, Any] = {"__name__": "mlp"}
     exec(compile(example, "mlp.py", "exec"), namespace)
     config = dataclasses.replace(tiny, model=namespace["MLP"]())
     assert settings_of(config)["hidden"] == [64]

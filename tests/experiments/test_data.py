@@ -24,7 +24,7 @@ from experiments.data.imagenet import ImageNet
 from experiments.data.splits import MemorySplit, load_splits
 from experiments.runtime import errors
 from experiments.runtime.errors import DataError, DataUnavailableError
-from tests.helpers import train_batches
+from tests.helpers import memory_splits, train_batches
 
 
 def numbered(count):
@@ -35,11 +35,12 @@ def numbered(count):
 
 
 def test_train_examples_is_a_fixed_prefix(tiny):
-    (small,) = load_splits(tiny.data, ("train",)).values()
+    (small,) = memory_splits(tiny.data, ("train",)).values()
     more = override(tiny, train_examples=1050, seeds=1)
     with pytest.raises(DataError, match=r"train_examples is 1050; .* has 896"):
         load_splits(more.data, ("train",))
-    (larger,) = load_splits(override(tiny, train_examples=60).data, ("train",)).values()
+    wider = override(tiny, train_examples=60)
+    (larger,) = memory_splits(wider.data, ("train",)).values()
     assert small.examples.inputs.shape == (20, 8, 8, 1)
     assert small.examples.inputs.dtype == np.uint8
     assert small.examples.labels.dtype == np.int32
@@ -51,7 +52,7 @@ def test_reading_in_blocks_keeps_the_stored_order(tiny, monkeypatch):
     monkeypatch.setattr(
         splits_module, "_READ_BLOCK", 7
     )  # 20 examples: a ragged last block
-    (blocks,) = load_splits(tiny.data, ("train",)).values()
+    (blocks,) = memory_splits(tiny.data, ("train",)).values()
     builder, _ = tiny.data.prepare()
     source = builder.as_data_source("train")
     np.testing.assert_array_equal(
@@ -71,9 +72,9 @@ def as_bytes(split):
 def test_training_may_have_the_validation_split_too(tiny):
     held = override(tiny, train_examples=None)
     names = "train", "validation", "test"
-    train, validation, test = load_splits(held.data, names).values()
+    train, validation, test = memory_splits(held.data, names).values()
     everything = override(held, hold_out=False)
-    both = load_splits(everything.data, ("train", "test"))
+    both = memory_splits(everything.data, ("train", "test"))
     assert as_bytes(both["train"]) == as_bytes(train) + as_bytes(validation)
     np.testing.assert_array_equal(
         both["train"].examples.labels,
@@ -188,7 +189,7 @@ def test_a_process_gathers_its_own_rows_only(tiny):
             gathered.append(np.size(rows))
             return super().__getitem__(rows)
 
-    gathered = []
+    gathered: list[int] = []
     images, labels = numbered(20)
     watched = MemorySplit(Examples(images.view(Watched), labels))
     share = Share(1, 4)
@@ -259,11 +260,14 @@ def test_commands_name_the_data_directory(tmp_path, monkeypatch, capsys, name, k
         logging.getLogger("urllib3.connectionpool").warning("Retrying")
         raise OSError("no route to host")
 
-    seen = []
-    handler = logging.Handler()
-    handler.emit = seen.append
+    seen: list[logging.LogRecord] = []
+
+    class Seeing(logging.Handler):
+        def emit(self, record):
+            seen.append(record)
+
     logger = logging.getLogger("urllib3.connectionpool")
-    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "handlers", [Seeing()])
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
     place = tmp_path / "my data"
@@ -292,13 +296,13 @@ def test_fashion_mnist_falls_back_on_tfds(fashion, tmp_path, monkeypatch):
     def as_data_source(builder, split, **kwargs):
         del kwargs
         assert builder.name == "fashion_mnist"
-        rows = zip(*stock, strict=True)
-        rows = [{"image": image, "label": int(label)} for image, label in rows]
+        pairs = zip(*stock, strict=True)
+        rows = [{"image": image, "label": int(label)} for image, label in pairs]
         return Rows({"train[:50000]": rows[:8], "test": rows[8:]}[split])
 
     monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "absent")
     with tfds.testing.mock_data(as_data_source_fn=as_data_source):
-        splits = load_splits(fashion, ("train", "test"))
+        splits = memory_splits(fashion, ("train", "test"))
     np.testing.assert_array_equal(splits["train"].examples.inputs, stock.inputs[:5])
     np.testing.assert_array_equal(splits["test"].examples.labels, stock.labels[8:])
     assert splits["test"].examples.labels.dtype == np.int32
@@ -338,11 +342,11 @@ def test_damaged_fashion_mnist_is_a_data_error(fashion, tmp_path, monkeypatch):
 @pytest.mark.parametrize("noisy_validation", [False, True])
 def test_label_noise_is_a_fixed_share_of_the_labels(tiny, noisy_validation):
     names = ("train", "validation", "test")
-    clean = load_splits(override(tiny, train_examples=800).data, names)
+    clean = memory_splits(override(tiny, train_examples=800).data, names)
     config = override(
         tiny, train_examples=800, label_noise=0.4, noisy_validation=noisy_validation
     )
-    found, again = (load_splits(config.data, names) for _ in range(2))
+    found, again = (memory_splits(config.data, names) for _ in range(2))
     assert found["train"].source.endswith(", 40% of the labels drawn anew")
     for name in names:
         before, after = clean[name].examples, found[name].examples
@@ -366,9 +370,9 @@ def test_noise_in_labels_that_are_read_from_files_is_refused():
 
 
 def test_validation_examples_is_a_fixed_prefix(tiny):
-    whole = load_splits(tiny.data, ("validation",))["validation"].examples
+    whole = memory_splits(tiny.data, ("validation",))["validation"].examples
     few = override(tiny, validation_examples=7).data
-    found = load_splits(few, ("validation",))["validation"].examples
+    found = memory_splits(few, ("validation",))["validation"].examples
     np.testing.assert_array_equal(found.labels, whole.labels[:7])
     with pytest.raises(ValueError, match="validation_examples is 0"):
         override(tiny, validation_examples=0)

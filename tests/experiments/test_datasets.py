@@ -22,7 +22,7 @@ from experiments.data.dataset import Examples
 from experiments.data.splits import MemorySplit, load_splits
 from experiments.models.convnet import ConvNet
 from experiments.runtime.errors import DataError, DataUnavailableError
-from tests.helpers import run_job, train_batches
+from tests.helpers import memory_splits, run_job, train_batches
 
 
 class Rows(list):
@@ -244,7 +244,7 @@ def test_tiny_shakespeare_is_said_to_stand_in(mock, no_sdist, capsys):
     assert "tiny_shakespeare, a shorter text, stands in" in line
     # Both texts are cut into rows, none of which has bytes of two.
     both = override(config, hold_out=False, train_examples=None)
-    (split,) = load_splits(both.data, ("train",)).values()
+    (split,) = memory_splits(both.data, ("train",)).values()
     assert mock[-1] == ("tiny_shakespeare", "train+validation")
     assert split.examples.inputs.shape == (2 * 16, 8)
 

@@ -17,12 +17,12 @@ from safetensors.flax import load_file
 from experiments import __main__
 from experiments.config.named import DIGITS
 from experiments.config.schema import from_settings, override
-from experiments.data.splits import load_splits
 from experiments.jobs.main import Trainer
 from experiments.jobs.run import final_state
 from experiments.reporting import export
 from experiments.runtime.errors import DataError, StorageError
-from tests.helpers import run_job
+from tests.helpers import memory_splits, run_job
+from tests.swa_jax.transformations import structure
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "experiments.md"
 
@@ -42,7 +42,7 @@ def test_exported_network_is_the_averaged_one(job, capsys):
     out = job.workdir / "export"
     variables = unflatten_dict(load_file(out / "model.safetensors"), sep="/")
     assert set(variables) == {"params", "batch_stats"}
-    splits = load_splits(job.data, ("train", "test"))
+    splits = memory_splits(job.data, ("train", "test"))
     model = job.network
     images, labels = splits["test"].examples
     logits = model.apply(variables, images, train=False)
@@ -58,7 +58,7 @@ def test_exported_network_is_the_averaged_one(job, capsys):
     assert np.any(np.asarray(kernel) != state.params["Dense_0"]["kernel"])
 
     restored = ocp.StandardCheckpointer().restore((out / "orbax").absolute())
-    assert jax.tree.structure(restored) == jax.tree.structure(variables)
+    assert structure(restored) == structure(variables)
     jax.tree.map(np.testing.assert_array_equal, restored, variables)
 
 

@@ -8,8 +8,8 @@ import sklearn.datasets
 from experiments.config.schema import override
 from experiments.data import fashion_mnist
 from experiments.data.fashion_mnist import FashionMnist
-from experiments.data.splits import load_splits
 from experiments.runtime.errors import DataError
+from tests.helpers import memory_splits
 
 
 def idx_bytes(array):
@@ -48,7 +48,7 @@ def idx_dir(tmp_path, monkeypatch):
 
 def test_digits_splits_hold_every_image_once(tiny):
     config = override(tiny, train_examples=None)
-    splits = load_splits(config.data, ("train", "validation", "test"))
+    splits = memory_splits(config.data, ("train", "validation", "test"))
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     got = as_sorted_rows(
         np.concatenate([split.examples.inputs for split in splits.values()]),
@@ -61,7 +61,7 @@ def test_digits_splits_hold_every_image_once(tiny):
 
 def test_digits_splits_are_stratified(tiny):
     config = override(tiny, train_examples=None)
-    splits = load_splits(config.data, ("train", "validation", "test"))
+    splits = memory_splits(config.data, ("train", "validation", "test"))
     _, labels = sklearn.datasets.load_digits(return_X_y=True)
     totals = np.bincount(labels)
     shares = {"train": 1 / 2, "validation": 1 / 6, "test": 1 / 3}

@@ -74,19 +74,20 @@ def test_a_resumed_log_counts_the_last_of_each_event(tmp_path):
         log.write("step", arm="sgd", seed=1, step=1, batch_loss=9.0, learning_rate=0.5)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.count('"event": "config"') == 1
-    log = read_log(tmp_path / "metrics.jsonl")
-    assert log.config == HEADER["config"]
+    parsed = read_log(tmp_path / "metrics.jsonl")
+    assert parsed.config == HEADER["config"]
     more = {**HEADER, "config": {"name": "digits", "seeds": 3}}
     for _ in range(2):
         with open_log(Workdir(tmp_path), more):
             pass
-    assert read_log(tmp_path / "metrics.jsonl")._replace(header=log.header) == log
+    again = read_log(tmp_path / "metrics.jsonl")
+    assert again._replace(header=parsed.header) == parsed
     assert read_log(tmp_path / "metrics.jsonl").config["seeds"] == 3
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.count('"event": "config"') == 2
-    assert [line["batch_loss"] for line in log.of("step", "sgd", 0)] == [0.5]
-    assert [line["batch_loss"] for line in log.of("step", "sgd", 1)] == [9.0]
-    assert len(log.of("test", "sgd", 0)) == 1
+    assert [line["batch_loss"] for line in parsed.of("step", "sgd", 0)] == [0.5]
+    assert [line["batch_loss"] for line in parsed.of("step", "sgd", 1)] == [9.0]
+    assert len(parsed.of("test", "sgd", 0)) == 1
 
 
 def test_half_a_line_is_none(tmp_path):

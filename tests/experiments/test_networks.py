@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_published_sizes(model, exact, millions):
     assert found == exact
 
 
-SMALL = [
+SMALL: list[Any] = [
     ConvNet((4, 4), (1, 2), data=IMAGES),
     NnxConvNet((4, 4), (1, 2), data=IMAGES),
     PreResNet(11, data=GREY),
@@ -223,7 +224,7 @@ def test_transformer_sees_no_later_token(transformer):
     model, variables, tokens = transformer
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))
     logits = np.asarray(apply(tokens))
-    assert (logits.shape, logits.dtype) == ((3, 6, 11), np.float32)
+    assert (logits.shape, logits.dtype) == ((3, 6, 11), np.dtype(np.float32))
     for position in range(6):
         changed = tokens.copy()
         changed[:, position] = (changed[:, position] + 1) % 11

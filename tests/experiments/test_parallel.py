@@ -23,7 +23,7 @@ STRATEGIES = ["pmap", "shard_map", "jit"]
 # weights absorb that: by up to one unit in the last place of the largest of them (below
 # 2, so float32's eps) for the step itself, and as much for what momentum gathers.
 STEPS = 12
-ATOL = 2 * STEPS * np.finfo(np.float32).eps
+ATOL = 2 * STEPS * float(np.finfo(np.float32).eps)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def compilations():
     """The durations of all XLA compilations from the first call on."""
     seen = []
 
-    def listen(event, duration, **kwargs):
+    def listen(event, duration_secs, **kwargs):
         del kwargs
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            seen.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return seen
@@ -189,7 +189,8 @@ def averaged(spread, one_device):
 
 def one_device_pass(config, averaged, images):
     fn = make_batch_stats_fn(config.network)
-    return swa_jax.recompute_batch_stats(fn, *averaged, images)
+    params, stats = averaged
+    return swa_jax.recompute_batch_stats(fn, params, stats, images)
 
 
 def test_batch_norm_pass_over_sharded_batches(spread, split, averaged):
@@ -200,8 +201,9 @@ def test_batch_norm_pass_over_sharded_batches(spread, split, averaged):
         for spec in (PartitionSpec(AXIS_NAME), PartitionSpec())
     )
     fn = make_batch_stats_fn(spread.network)
+    params, stats = jax.device_put(averaged, replicated)
     found = swa_jax.recompute_batch_stats(
-        fn, *jax.device_put(averaged, replicated), jax.device_put(images, rows)
+        fn, params, stats, jax.device_put(images, rows)
     )
     expected = one_device_pass(spread, averaged, images)
     chex.assert_trees_all_close(found, expected, rtol=0, atol=ATOL)
@@ -212,9 +214,11 @@ def test_batch_norm_pass_under_pmap(spread, split, averaged):
     images = [split.examples.inputs[:16], split.examples.inputs[4:20]]
     fn = make_batch_stats_fn(spread.network.clone(axis_name=AXIS_NAME))
     everywhere = make_strategy("pmap", 16)
+    params, stats = everywhere.place_state(averaged)
     found = swa_jax.recompute_batch_stats(
         fn,
-        *everywhere.place_state(averaged),
+        params,
+        stats,
         map(everywhere.place_batch, images),
         axis_name=AXIS_NAME,
     )

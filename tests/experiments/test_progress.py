@@ -3,7 +3,7 @@ import rich.console
 import rich.progress
 
 from experiments.runtime import progress
-from tests.helpers import quiet
+from tests.helpers import quiet, told
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_bar_counts_all_runs(now):
         assert task.completed == 26
         bar.finish_run()
         assert task.finished
-    assert "run 3 of 3: SWA, seed 0" in console.file.getvalue()
+    assert "run 3 of 3: SWA, seed 0" in told(console)
 
 
 def test_without_a_terminal_there_are_plain_lines(now):
@@ -60,7 +60,7 @@ def test_without_a_terminal_there_are_plain_lines(now):
             now[0] += 1.0
             bar.step(step, 1 / step, 0.05)
         bar.finish_run()
-    lines = console.file.getvalue().splitlines()
+    lines = told(console).splitlines()
     name = "run 2 of 2: SWA, seed 0"
     assert lines[:2] == [
         "run 1 of 2: SGD, seed 0: finished",

@@ -19,7 +19,7 @@ from experiments.reporting.tables import Results
 from experiments.runtime import files
 from experiments.runtime.tables import mean_and_std
 from experiments.training.any_budget import AnyBudget
-from tests.helpers import quiet, run_job
+from tests.helpers import quiet, run_job, told
 
 
 def row(label, arm, epoch, accuracy, loss, weights="iterate", method="sgd"):
@@ -103,7 +103,7 @@ def test_tables_show_every_row(tiny):
     comparisons = results.compare(ROWS, tiny.plan)
     for table in tables.make_tables(Results("digits", ROWS, comparisons)):
         console.print(table)
-    shown = console.file.getvalue()
+    shown = told(console)
     assert "digits: test split, mean ± sample std of 3 seeds" in shown
     for text in ("98.00 ± 1.00", "0.1000 ± 0.0000", "+0.67 (t 2.0, p 0.184)"):
         assert text in shown

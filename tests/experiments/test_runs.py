@@ -30,7 +30,7 @@ from experiments.runtime.metrics import read_log
 from experiments.runtime.signals import Stopper
 from experiments.runtime.store import Store
 from experiments.training.protocols import SideBySide
-from tests.helpers import quiet, rows_of, run_job
+from tests.helpers import quiet, rows_of, run_job, told
 
 
 def logged(workdir):
@@ -117,7 +117,7 @@ def test_finished_job_shows_its_results_again(whole, monkeypatch):
     before = (whole.workdir / "results.json").read_bytes()
     console = quiet()
     train_and_evaluate(whole, console)
-    shown = console.file.getvalue()
+    shown = told(console)
     assert "holds a finished job. To start anew, delete it" in shown
     assert (whole.workdir / "results.json").read_bytes() == before
 
@@ -204,7 +204,8 @@ def assert_resumed(events, expected, why=""):
 @pytest.mark.slow
 def test_stopped_job_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = override(whole, workdir=tmp_path / "run")
-    before, expected = 0, {}
+    before = 0
+    expected: dict[str, int] = {}
     # Mid-epoch in the first epoch; at an epoch's end; at a checkpoint, in the
     # averaging; mid-epoch; at the last step of a run; in the control.
     for run, step, steps in [
@@ -363,7 +364,9 @@ def side_by_side(request, tiny_model, tmp_path_factory):
 def kill_and_finish(whole, config, splits, moments, why):
     """SIGKILL a job at `moments`: (arm, step) and a delay in seconds after it."""
     order = {each: i for i, each in enumerate(steps_of(lines(whole.workdir)))}
-    before, expected, resumed = 0, {}, set()
+    before = 0
+    expected: dict[str, int] = {}
+    resumed: set[str] = set()
     for moment, delay in moments:
 
         def reached(moment=moment, before=before):

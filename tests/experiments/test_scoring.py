@@ -152,7 +152,7 @@ def test_statistics_are_averaged_along(tiny_model, split):
             ends.append(jax.device_get((state.params, state.batch_stats)))
 
     state = train(compile_arm(tiny_model, split, 3), 0, Recorder())
-    expected = jax.tree.map(lambda *x: np.mean(np.float64(x), 0), *ends[-3:])
+    expected = jax.tree.map(lambda *x: np.mean(np.array(x, np.float64), 0), *ends[-3:])
     chex.assert_trees_all_close(averaged_variables(state), expected, rtol=1e-5)
 
 

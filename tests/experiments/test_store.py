@@ -12,6 +12,7 @@ import pytest
 from experiments.runtime import store as checkpoints
 from experiments.runtime.errors import StorageError
 from experiments.runtime.store import Store
+from tests.swa_jax.transformations import structure
 
 
 def state(number, size=10):
@@ -23,7 +24,7 @@ def state(number, size=10):
 
 
 def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert structure(found) == structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -218,6 +219,8 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
             assert process.stdout.readline() == b"ready\n", process.stderr.read()
             time.sleep(rng.uniform(0.05, 0.6))
             process.send_signal(signal.SIGKILL)

@@ -13,6 +13,7 @@ from experiments.data.batches import Batch
 from experiments.training.loop import Hooks, _finite, train
 from experiments.training.optimizer import make_optimizer
 from experiments.training.step import Metrics, make_train_step
+from tests.compiled import programs
 from tests.helpers import compile_arm, train_batches
 
 
@@ -127,11 +128,11 @@ def test_step_is_compiled_once_and_donates(tiny, split, window):
     step = make_train_step(tiny.network, optimizer)
     once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
     train(dataclasses.replace(arm, step=once), 0)
-    assert once._cache_size() == 1
+    assert programs(once) == 1
 
     train(arm, 0)
     train(arm, 1)
-    assert arm.step._cache_size() == 1
+    assert programs(arm.step) == 1
     state = arm.init(jax.random.key(0))
     (batch,) = train_batches(split, tiny, 0, last_step=1)
     arm.step(state, batch)
@@ -147,9 +148,11 @@ def test_metrics_are_fetched_one_step_late(tiny, split):
         events.append(("dispatched", next(numbers)))
         return arm.step(state, batch)
 
-    hooks = Hooks()
-    hooks.on_step = lambda step, loss, rate: events.append(("seen", step))
-    train(dataclasses.replace(arm, step=step), 0, hooks)
+    class Seeing(Hooks):
+        def on_step(self, step, loss, learning_rate):
+            events.append(("seen", step))
+
+    train(dataclasses.replace(arm, step=step), 0, Seeing())
     expected = [("dispatched", 1)]
     for number in range(2, 13):
         expected.append(("dispatched", number))

@@ -14,7 +14,7 @@ from experiments.jobs.main import Trainer
 from experiments.runtime.errors import StorageError
 from experiments.training.any_budget import AnyBudget
 from experiments.training.loop import train
-from tests.helpers import quiet
+from tests.helpers import quiet, told
 
 
 @pytest.mark.parametrize(
@@ -33,17 +33,17 @@ def test_grid_grows_until_its_best_is_inside(peak, evaluated):
         calls.append(value)
         return -abs(math.log(value / peak))
 
-    told = []
-    best = tune.search_grid((4.0, 1.0, 2.0), merit, 2, told.append)
+    said: list[float] = []
+    best = tune.search_grid((4.0, 1.0, 2.0), merit, 2, said.append)
     assert sorted(calls) == evaluated  # each of them once
     assert best == min(peak, max(evaluated))
-    assert told == ([best] if peak == 1e9 else [])
+    assert said == ([best] if peak == 1e9 else [])
 
 
 def test_grid_of_one_value_stays():
-    told = []
-    assert tune.search_grid((4.0,), lambda value: value, 2, told.append) == 4.0
-    assert told == []
+    said: list[float] = []
+    assert tune.search_grid((4.0,), lambda value: value, 2, said.append) == 4.0
+    assert said == []
 
 
 def test_cells_that_two_searches_share_are_trained_once(tiny, monkeypatch):
@@ -133,7 +133,7 @@ def test_choice_is_the_best_of_the_validation_scores(tiny, monkeypatch):
     console = quiet()
     chosen = tune.tune(tiny, tuning, console)
     assert chosen == {"learning_rate": 0.2, "weight_decay": 4e-4, "swa_lr": 0.02}
-    assert "60.00 ± 0.00" in console.file.getvalue()
+    assert "60.00 ± 0.00" in told(console)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_tuning_that_was_killed_goes_on_where_it_stopped(search, tmp_path, sto
         expected["chosen"],
     )
     assert finished.keys() == expected.keys()
-    assert console.file.getvalue().count("known from tuning.json") == stop
+    assert told(console).count("known from tuning.json") == stop
 
     tune.tune(config, tuning, quiet())  # finished: nothing is left to do
     assert ran == settings
@@ -262,7 +262,7 @@ def test_grid_that_ends_at_its_edge_is_told(search):
     config, tuning, _ = search
     console = quiet()
     tune.tune(config, tuning, console)
-    shown = " ".join(console.file.getvalue().split())
+    shown = " ".join(told(console).split())
     # 1e-4 grew four times, by 4 each.
     assert "weight_decay: 0.0256, the best, is still at the edge" in shown
     assert "--tune-weight-decays" in shown
@@ -389,7 +389,7 @@ def test_what_a_tuning_shows_begins_with_a_header(search):
     config, tuning, _ = search
     console = quiet()
     tune.tune(config, tuning, console)
-    shown = console.file.getvalue().splitlines()
+    shown = told(console).splitlines()
     assert shown[0] == "digits: trials, scored on the validation split"
     assert shown[1].startswith("arm  lr  weight decay  swa_lr")
     assert shown[2].startswith("SGD  0.1  2.5e-05  ")

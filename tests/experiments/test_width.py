@@ -1,5 +1,6 @@
 import io
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def test_directions_are_uniform_unit_vectors():
 
 def test_plane_basis_is_orthonormal_and_goes_through_the_points():
     points = np.random.default_rng(0).normal(size=(3, 7))
-    axes, coordinates = plane_basis(points)
+    found = plane_basis(points)
+    assert found is not None
+    axes, coordinates = found
     np.testing.assert_allclose(axes @ axes.T, np.eye(2), atol=1e-12)
     np.testing.assert_allclose(points[0] + coordinates @ axes, points, atol=1e-12)
     np.testing.assert_allclose(coordinates[0], 0, atol=1e-12)
@@ -104,7 +107,7 @@ def test_points_without_a_score_are_holes(measured, hole):
 def test_solutions_are_those_of_finished_runs(tiny, monkeypatch):
     config = override(tiny, seeds=1)
     run_job(config)
-    found = {}
+    found: dict[str, Any] = {}
 
     def looking(score, solutions):
         found.update(solutions=solutions, score=score)

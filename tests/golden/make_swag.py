@@ -47,12 +47,14 @@ def load_swag(clone: str) -> Any:
         sys.modules[name] = types.ModuleType(name)
     for name in ("RootLazyTensor", "DiagLazyTensor", "AddedDiagLazyTensor"):
         setattr(sys.modules["gpytorch.lazy"], name, None)
-    sys.modules["gpytorch.distributions"].MultivariateNormal = None  # type: ignore
+    distributions: Any = sys.modules["gpytorch.distributions"]
+    distributions.MultivariateNormal = None
     # The package itself imports its data sets; these two modules do not need them.
     for name in ("swag", "swag.posteriors"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [f"{clone}/{name.replace('.', '/')}"]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
     from swag.posteriors.swag import SWAG
 
     return SWAG
@@ -115,8 +117,8 @@ def main() -> None:
         "num_draws": np.array(NUM_DRAWS),
         "max_num_models": np.array(MAX_NUM_MODELS),
     }
-    for name, *settings in COLLECTIONS:
-        swag, collected = collection(swag_class, *settings)
+    for name, number, offset, factor in COLLECTIONS:
+        swag, collected = collection(swag_class, number, offset, factor)
         arrays |= under(name, collected)
         for of, draw, arguments in DRAWS:
             if of == name:

@@ -36,6 +36,7 @@ class Kind:
         if self.dtype == "key":
             return jax.random.key(int(rng.integers(2**31)))
         dtype = jnp.dtype(self.dtype)
+        x: np.ndarray
         if is_floating(dtype):
             x = rng.normal(size=self.shape) * scale
             limit = float(precision(dtype).max) / 4

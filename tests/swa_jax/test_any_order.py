@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ from .hostile import (
     write,
 )
 from .reference import Ledger, exact, is_complex, is_floating, rounded
-from .transformations import bits, trees
+from .transformations import bits, structure, trees
 
 SEEDS = st.integers(0, 2**16)
 #: Of weights: far below 1, about 1, and as large as float16 can sum.
@@ -202,7 +203,7 @@ class Run(RuleBasedStateMachine):
         if self.form == "loop":
             skips = skip or schedule.skip_nonfinite
             self.ledger.schedule = dataclasses.replace(schedule, skip_nonfinite=skips)
-        self.advance(treedef.unflatten(leaves), "compiled", skip=skip)
+        self.advance(jax.tree.unflatten(treedef, leaves), "compiled", skip=skip)
         self.ledger.schedule = schedule
         # Training would not go on from there.
         self.recent = []
@@ -287,7 +288,7 @@ class Run(RuleBasedStateMachine):
             jnp.asarray(stored(x)[0]).astype(name) if change else x
             for x, change in zip(leaves, real, strict=True)
         ]
-        params = moved(treedef.unflatten(cast), self.place)
+        params = moved(jax.tree.unflatten(treedef, cast), self.place)
         now, then = [x.dtype for x in stored(params)], self.ledger.dtypes
         pairs = list(zip(now, then, strict=True))
         lawa = self.setting.state is swa_jax.LAWAState
@@ -320,7 +321,8 @@ class Run(RuleBasedStateMachine):
         place = at % len(leaves) if leaves else 0
 
         def replaced(leaf):
-            return treedef.unflatten([*leaves[:place], leaf, *leaves[place + 1 :]])
+            new = [*leaves[:place], leaf, *leaves[place + 1 :]]
+            return jax.tree.unflatten(treedef, new)
 
         one = stored(leaves[place])[0] if leaves else None
         size, other_kind, text = None, None, "text"
@@ -374,7 +376,10 @@ class Run(RuleBasedStateMachine):
                 if METHODS[name].state is not setting.state:
                     yield self.averaged_by(Setting(name).average())
         if wrong == "another size" and any(map(is_floating, self.ledger.dtypes)):
-            makes = {swa_jax.LAWAState: swa_jax.lawa, swa_jax.SWAGState: swa_jax.swag}
+            makes: dict[type, Callable[[int], Any]] = {
+                swa_jax.LAWAState: swa_jax.lawa,
+                swa_jax.SWAGState: swa_jax.swag,
+            }
             if setting.state in makes and self.form != "along":
                 yield self.averaged_by(makes[setting.state](7))
         if wrong == "another accumulator" and in_chain and self.accumulates_wider():
@@ -393,8 +398,8 @@ class Run(RuleBasedStateMachine):
             for count in (self.ledger.seen - 1, -1, 2**40, 1.5):
                 yield lambda count=count: swa_jax.with_num_updates(state, count)
         if wrong == "a reader of another model" and size is not None:
-            for other in ((params, params), replaced(size)):
-                yield lambda other=other: swa_jax.averaged_params(state, other)
+            for tree in ((params, params), replaced(size)):
+                yield lambda tree=tree: swa_jax.averaged_params(state, tree)
 
     def averaged_by(self, average, **options):
         """A call for the average's own state."""
@@ -500,7 +505,7 @@ class Run(RuleBasedStateMachine):
     def read_weights(self, jit, allow_empty, which):
         before = bits_of(self.state)
         found = self.read_by(which, jit, allow_empty)
-        assert jax.tree.structure(found) == jax.tree.structure(self.params)
+        assert structure(found) == structure(self.params)
         leaves = jax.tree.leaves(self.params)
         if not self.ledger.averaged:
             for got, param in zip(stored(found), stored(self.params), strict=True):
@@ -528,16 +533,12 @@ class Run(RuleBasedStateMachine):
         else:
             expecting = contextlib.nullcontext()
         plain = self.setting.state is swa_jax.SWAState
-        if which == "swa_params" and plain:
-            function = swa_jax.swa_params
-        else:
-            kind = self.setting.state if which == "type" else None
-
-            def function(state, params, **options):
-                return swa_jax.averaged_params(state, params, kind, **options)
+        kind = self.setting.state if which == "type" else None
 
         def reader(state, params):
-            return function(state, params, allow_empty=allow_empty)
+            if which == "swa_params" and plain:
+                return swa_jax.swa_params(state, params, allow_empty=allow_empty)
+            return swa_jax.averaged_params(state, params, kind, allow_empty=allow_empty)
 
         with expecting:
             return (jax.jit(reader) if jit else reader)(self.state, self.params)
@@ -571,7 +572,9 @@ class Run(RuleBasedStateMachine):
             jax.random.key(seed), self.state, self.params, scale=scale
         )
         ledger = self.ledger
-        columns = min(ledger.averaged, ledger.definition.rank)
+        rank = ledger.definition.rank
+        assert rank is not None
+        columns = min(ledger.averaged, rank)
         everything = zip(
             stored(found),
             ledger.means(),
@@ -583,13 +586,15 @@ class Run(RuleBasedStateMachine):
             if squares is None:
                 mean.check(got, "drawn")
                 continue
+            assert squares.off is not None
             total = np.abs(squares.value) + 2 * squares.off
             variance = total / ledger.averaged
             if columns >= 2:
-                low_rank = sum(
-                    np.where(x.lost, 0, (np.abs(x.value) + x.off) ** 2)
-                    for x in rows.values()
-                )
+                assert rows is not None
+                low_rank = np.zeros(())
+                for x in rows.values():
+                    size = np.abs(x.value) + x.off
+                    low_rank = low_rank + np.where(x.lost, 0, size**2)
                 variance = (variance + low_rank / (columns - 1)) / 2
             # Of normal numbers one in 10^15 is eight deviations away.
             mean.off = mean.off + 8 * 2 * np.sqrt(scale * variance)
@@ -731,20 +736,19 @@ def more_than(tree):
         found.append({**tree, "more": jnp.ones(2)})
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
     if any(x is None for x in leaves):
-        found.append(treedef.unflatten(jnp.ones(2) if x is None else x for x in leaves))
+        filled = [jnp.ones(2) if x is None else x for x in leaves]
+        found.append(jax.tree.unflatten(treedef, filled))
     return found
 
 
 DEFAULT_EXAMPLES = 100  # Hypothesis' own
-COMMON = {
-    "deadline": None,
-    "stateful_step_count": 15,
-    "suppress_health_check": list(HealthCheck),
-}
+COMMON = settings(
+    deadline=None, stateful_step_count=15, suppress_health_check=list(HealthCheck)
+)
 
 
 def test_a_few_runs():
-    run_state_machine_as_test(Run, settings=settings(max_examples=5, **COMMON))
+    run_state_machine_as_test(Run, settings=settings(COMMON, max_examples=5))
 
 
 class RunOfAnyTree(Run):
@@ -757,5 +761,5 @@ class RunOfAnyTree(Run):
 def test_many_runs():
     number = settings().max_examples  # of a profile, where one was chosen
     number = number if number > DEFAULT_EXAMPLES else 300
-    chosen = settings(max_examples=number, **COMMON)
+    chosen = settings(COMMON, max_examples=number)
     run_state_machine_as_test(RunOfAnyTree, settings=chosen)

@@ -9,6 +9,8 @@ most ``U * M * (1 + 4 / k)`` with M the largest weight; it is then carried into 
 mean of n with weight k / n. Summed over k: ``U * M * (n / 2 + 5)``.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import pytest
 import swa_jax
 
 from ..compiled import assert_in_place, memory
-from .transformations import accumulate
+from .transformations import accumulate, structure
 
 #: The default run takes two cases of each test here, see conftest.py.
 pytestmark = pytest.mark.sample(2)
@@ -458,7 +460,10 @@ def test_narrow_weights_that_are_not_finite(dtype):
 
 
 def test_integer_leaves_carry_the_latest_model():
-    models = [{"w": np.float32([i]), "steps": np.int32([10 * i])} for i in range(1, 5)]
+    models = [
+        {"w": np.array([i], np.float32), "steps": np.array([10 * i], np.int32)}
+        for i in range(1, 5)
+    ]
     state = average_all(models)
     np.testing.assert_array_equal(state.avg_params["w"], [2.5])
     np.testing.assert_array_equal(state.avg_params["steps"], [40])
@@ -489,7 +494,7 @@ def test_prng_keys_carry_the_latest_model(make):
 def test_none_and_masked_leaves_survive():
     params = {"w": jnp.ones(2), "none": None, "hidden": optax.MaskedNode(), "empty": {}}
     state = average_all([params, jax.tree.map(lambda x: 3 * x, params)])
-    assert jax.tree.structure(state.avg_params) == jax.tree.structure(params)
+    assert structure(state.avg_params) == structure(params)
     np.testing.assert_array_equal(state.avg_params["w"], [2.0, 2.0])
     assert swa_jax.swa_params(state, params)["none"] is None
 
@@ -773,7 +778,10 @@ def test_float64_accumulator_needs_x64():
         swa_jax.init_average(jnp.ones(2), accumulator_dtype=jnp.float64)
 
 
-GOOD = {"a": np.ones((2, 3), np.float32), "b": {"c": np.ones(4, np.float32)}}
+GOOD: dict[str, Any] = {
+    "a": np.ones((2, 3), np.float32),
+    "b": {"c": np.ones(4, np.float32)},
+}
 
 
 @pytest.mark.parametrize(
@@ -808,7 +816,7 @@ def test_update_average_refuses_another_model(params, message):
 @pytest.mark.parametrize("key", ["same containers", "another type of key"])
 def test_update_average_tells_containers_and_keys_apart(key):
     state = swa_jax.init_average({"k": (jnp.ones(2), jnp.ones(2))})
-    other = [jnp.ones(2), jnp.ones(2)]
+    other: list[jax.Array] | jax.Array = [jnp.ones(2), jnp.ones(2)]
     if key == "another type of key":
         state = swa_jax.init_average({"k": jnp.zeros(2, jnp.uint32)})
         other = jax.random.key(0)

@@ -11,6 +11,8 @@ import gc
 import re
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import Any, Final
 
 import chex
 import flax.linen as nn
@@ -35,6 +37,11 @@ def _as_users_write():
     """Models here broadcast as users' do."""
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+def parts(model) -> Any:
+    """Graph, weights, statistics and the rest; nnx's types do not say how many."""
+    return nnx.split(model, nnx.Param, nnx.BatchStat, ...)
 
 
 def data(sizes=(16, 16, 8), features=4, seed=0):
@@ -83,7 +90,7 @@ def assert_close(got, want, rtol=1e-5):
 
 # 1. A frozen layer, however its statistics come back.
 
-WRAPS = {
+WRAPS: dict[str, Callable[..., Any]] = {
     "plain": lambda fn: fn,
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
@@ -140,9 +147,12 @@ class Wrapped(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=True):
-        norm = {"remat": nn.remat, "jit": nn.jit, "none": lambda x: x}[self.transform](
-            nn.BatchNorm
-        )
+        transforms: dict[str, Callable[..., Any]] = {
+            "remat": nn.remat,
+            "jit": nn.jit,
+            "none": lambda x: x,
+        }
+        norm = transforms[self.transform](nn.BatchNorm)
         x = norm(use_running_average=self.frozen or not train, name="first")(x)
         x = nn.Dense(4, name="dense")(x)
         return norm(use_running_average=not train, name="second")(x)
@@ -169,16 +179,15 @@ def test_frozen_under_flax_transformations(transform):
 @pytest.mark.parametrize("transform", ["jit", "remat"])
 def test_frozen_under_nnx_transformations(transform):
     batches = data()
-    model = nnx.Sequential(
-        nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)),
-        nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
-    )
-    model.layers[0].mean[...] = jnp.full(4, 0.5)
-    graphdef, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    frozen = nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(frozen, nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    frozen.mean[...] = jnp.full(4, 0.5)
+    graphdef, params, stats, rest = parts(model)
 
     def fn(params, stats, x):
         model = nnx.merge(graphdef, params, stats, rest, copy=True)
-        run = {"jit": nnx.jit, "remat": nnx.remat}[transform]
+        runs: dict[str, Callable[..., Any]] = {"jit": nnx.jit, "remat": nnx.remat}
+        run = runs[transform]
         run(lambda model, x: model(x))(model, x)
         return nnx.state(model, nnx.BatchStat)
 
@@ -397,8 +406,8 @@ def test_layers_under_scan_are_right_in_one_forward_pass():
     )
     jax.effects_barrier()
     assert len(runs) == len(batches) + 1  # the first one twice
-    per_batch = [[], [], []]
-    for x in map(np.float64, batches):
+    per_batch: list[list[np.ndarray]] = [[], [], []]
+    for x in (np.asarray(x, np.float64) for x in batches):
         for depth in range(3):
             per_batch[depth].append(x)
             x = np.tanh((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + x.mean(0))
@@ -620,7 +629,7 @@ def means_of(form, dtype, momenta=MOMENTA):
 
 def all_that_is_not_refused(fn, stats, batches):
     """The result, less the leaves that an error or a warning names."""
-    refused = []
+    refused: list[str] = []
     while True:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -641,7 +650,7 @@ def all_that_is_not_refused(fn, stats, batches):
 
 
 NARROW = ("haiku", "typed")  # what rounds the momentum to the statistics' dtype
-WITHIN = "sample_weighted"  # nothing here is a variance
+WITHIN: Final = "sample_weighted"  # nothing here is a variance
 
 
 @pytest.mark.slow
@@ -805,8 +814,12 @@ def test_padded_batches_weigh_by_their_valid_rows():
     new = recompute(fn, 1.0, fresh(), fed, batch_weight=lambda b: b["mask"].sum())
     assert_close(new, moments(whole([x[:n] for x, n in zip(rows, valid, strict=True)])))
     for bad in (0, -1, np.nan, "many", np.ones(64)):
+
+        def weight(b, bad=bad):
+            return bad
+
         with pytest.raises(ValueError, match="batch_weight must give one positive"):
-            recompute(fn, 1.0, fresh(), fed, batch_weight=lambda b, bad=bad: bad)
+            recompute(fn, 1.0, fresh(), fed, batch_weight=weight)
     with pytest.raises(ValueError, match="no meaning with mode='equal_weighted'"):
         recompute(fn, 1.0, fresh(), fed, batch_weight=len, mode="equal_weighted")
 
@@ -821,7 +834,7 @@ def live():
 
 @pytest.mark.slow
 def test_nothing_outlives_the_calls():
-    dead = []
+    dead: list[weakref.ref[Any]] = []
 
     def call():
         table = jnp.ones((64, 64))
@@ -957,7 +970,7 @@ class Regularised(nnx.Module):
 )
 def test_nnx_with_dropout(holds_rngs, copy):
     model = Regularised(nnx.Rngs(0), holds_rngs=holds_rngs)
-    graphdef, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    graphdef, params, stats, rest = parts(model)
 
     def fn(params, stats, x):
         model = nnx.merge(graphdef, params, stats, rest, copy=copy)
@@ -976,7 +989,7 @@ def test_nnx_with_dropout(holds_rngs, copy):
 )
 def test_spectral_norm_needs_keep():
     model = Regularised(nnx.Rngs(0), holds_rngs=True, spectral=True)
-    graphdef, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    graphdef, params, stats, rest = parts(model)
 
     def fn(params, stats, x):
         model = nnx.merge(graphdef, params, stats, rest, copy=True)

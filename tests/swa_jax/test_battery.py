@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import equinox as eqx
@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 
-from ..compiled import collectives
+from ..compiled import collectives, programs
 from .transformations import (
     ONE_CASE,
     Case,
@@ -42,6 +42,7 @@ from .transformations import (
     make_step,
     model,
     shapes,
+    structure,
     train,
     trees,
     types,
@@ -520,7 +521,7 @@ def test_types_are_stable(case, dtype):
     for t in range(5):
         params, opt_state = step(params, opt_state, jnp.float32(t))
         history.append(jax.device_get(params))
-    assert step._cache_size() == 1
+    assert programs(step) == 1
     case.assert_run(params, opt_state, history)
 
 
@@ -607,7 +608,7 @@ def test_no_more_traces_for_weakly_typed_parameters(case):
         trained, opt_state = params, tx.init(params)
         for t in range(5):
             trained, opt_state = step(trained, opt_state, jnp.float32(t))
-        counts.append(step._cache_size())
+        counts.append(programs(step))
     assert counts[0] == counts[1] == 2
 
 
@@ -770,7 +771,7 @@ def test_containers(case, container):
     start = CONTAINERS[container]()
     tx = optax.chain(optax.adam(0.1), case.make())
     params, opt_state, history = train(tx, start)
-    assert jax.tree.structure(case.read(opt_state, params)) == jax.tree.structure(start)
+    assert structure(case.read(opt_state, params)) == structure(start)
     case.assert_run(params, opt_state, history)
 
 
@@ -1008,7 +1009,7 @@ def test_tree_map_params_with_a_tree_of_shardings(case, mesh):
         assert set(jax.tree.leaves(tree)) == {"weight"}
 
 
-COPIES = {
+COPIES: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda tree: pickle.loads(pickle.dumps(tree)),
     "deepcopy": copy.deepcopy,
     "numpy": jax.device_get,

@@ -22,6 +22,7 @@ from .transformations import (
     every_method,
     gradient,
     make_step,
+    structure,
     trees,
     types,
 )
@@ -87,9 +88,10 @@ def test_resumed_training_ends_with_the_same_bits(case, store, tmp_path):
         again = optax.chain(optax.sgd(0.1, momentum=0.9), case.make())
         restored = store(saved, (fresh, again.init(fresh)), tmp_path)
         assert bits(restored) == bits(saved)
-        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        assert structure(restored) == structure(saved)
         assert type(case.state(restored)) is case.method.state
-        resumed = run(step, *restored, range(stop, 9))[:2]
+        params, opt_state = restored
+        resumed = run(step, params, opt_state, range(stop, 9))[:2]
         assert bits(resumed) == bits(straight)
         assert types(resumed) == types(straight)
     assert tuple(map(int, counters(case.state(straight[1])))) == (9, 4)
@@ -152,7 +154,8 @@ def test_restart_on_fewer_devices(case, tmp_path):
                 assert parts(tree) == {devices}
             if devices == 2:
                 going_on = restored
-    params, opt_state, after = run(step, *going_on, range(5, 9))
+    params, opt_state = going_on
+    params, opt_state, after = run(step, params, opt_state, range(5, 9))
     for tree in trees(case.state(opt_state)):
         assert parts(tree) == {2}
     case.assert_run(params, opt_state, before + after)

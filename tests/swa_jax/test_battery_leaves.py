@@ -5,6 +5,7 @@ and its oracle is the float64 average of the models that entered.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ import optax
 import pytest
 
 import swa_jax
+from swa_jax.typing import Sample
 
 from .transformations import (
     Case,
     bits,
     counters,
     every_method,
+    structure,
     trees,
     types,
 )
@@ -111,7 +114,7 @@ def without_keys(tree: dict) -> dict:
 def assert_tree(case: Case, average: dict, models: list[dict]) -> None:
     """``average`` as it is read, of what entered."""
     history = [without_keys(model) for model in models]
-    assert jax.tree.structure(average) == jax.tree.structure(models[0])
+    assert structure(average) == structure(models[0])
     Case(case.method).assert_average(without_keys(average), history)
 
 
@@ -143,6 +146,7 @@ def test_leaves_of_every_kind_from_a_loop(case):
 @every_method
 def test_hidden_leaves(case):
     # As optax.masked hides them, a leaf and a whole subtree.
+    mask: dict[str, Any]
     mask = {name: name not in ("f32", "int", "inside") for name in tree(0)}
     mask |= {"none": None, "hidden": optax.MaskedNode()}
     tx = optax.masked(case.make(), mask)
@@ -186,7 +190,7 @@ def odd_state(average, params):
     state = swa_jax.init_average(params, average)
     (_, _, *leaves), treedef = jax.tree.flatten(state)  # two counters come first
     counted = [jnp.int32(3), jnp.int32(3)]
-    return treedef.unflatten([*counted, *map(odd, leaves)])
+    return jax.tree.unflatten(treedef, [*counted, *map(odd, leaves)])
 
 
 def raw(tree) -> list[bytes]:
@@ -222,7 +226,7 @@ def test_a_skipped_model_leaves_every_bit(case, accumulator):
     average = Case(case.method, {**options, "accumulator_dtype": accumulator}).make()
     state = odd_state(average, small(1))  # after update 3
     expected = raw(state)
-    skipped = {
+    skipped: dict[int, tuple[dict, Sample]] = {
         4: (of_nan(), True),  # not finite
         5: (small(2), True),  # between two of the period
         6: (small(2), False),  # not asked for

@@ -5,6 +5,8 @@ of the models that entered; places are read off the arrays.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def spread(mesh, kind: str | None = None):
 
 
 #: Ways to say the same.
-RULES = {
+RULES: dict[str, Callable[[Any], Any]] = {
     "function": spread,
     "tree": lambda mesh: {
         "w": NamedSharding(mesh, P("x")),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -22,7 +21,7 @@ import swa_jax
 from swa_jax import __main__ as command
 from swa_jax.averages import checkpoints
 
-from .transformations import bits
+from .transformations import bits, structure
 
 INDEX = "model.safetensors.index.json"
 
@@ -99,7 +98,7 @@ def test_shards(tmp_path):
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == [*names, INDEX]
     index = json.loads((out / INDEX).read_text())
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name in names:
         part = safetensors.numpy.load_file(out / name)
         assert {index["weight_map"][key] for key in part} == {name}
@@ -392,7 +391,7 @@ def assert_orbax(path: pathlib.Path, seeds: list[int], weights=None) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(path)
     expected = swa_jax.soup([tree(seed) for seed in seeds], weights)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert structure(found) == structure(expected)
     assert bits(found) == bits(expected)
 
 

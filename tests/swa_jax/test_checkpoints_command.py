@@ -144,12 +144,12 @@ def test_posthoc_width_from_stored_averages(tmp_path, capsys):
             stored.append(swa_jax.Snapshot(step, sigma, params))
     folders = [tmp_path / "ema_0.05", tmp_path / "ema_0.1"]
     options = ["--posthoc-sigma", "0.075", "--sigmas", "0.05", "0.1"]
-    for step in (None, 300):
-        out = tmp_path / f"out_{step}.safetensors"
-        more = () if step is None else ("--step", step)
+    for until in (None, 300):
+        out = tmp_path / f"out_{until}.safetensors"
+        more = () if until is None else ("--step", until)
         assert run(out, *folders, *options, *more) == 0
         stored.sort()
-        expected = swa_jax.posthoc_ema(stored, sigma_rel=0.075, step=step or 400)
+        expected = swa_jax.posthoc_ema(stored, sigma_rel=0.075, step=until or 400)
         assert bits(safetensors.numpy.load_file(out)) == bits(expected)
     assert capsys.readouterr().err == ""
     assert run(tmp_path / "late", *folders, *options, "--step", 500) == 0

@@ -14,7 +14,7 @@ import swa_jax
 from swa_jax._formats import _msgpack
 from swa_jax.averages import checkpoints
 
-from .transformations import bits
+from .transformations import bits, structure
 
 
 def model(seed: int) -> dict:
@@ -66,7 +66,7 @@ def test_files(tmp_path, weights, block, monkeypatch):
     swa_jax.average_checkpoints(paths, out, weights=weights)
     found = serialization.msgpack_restore(out.read_bytes())
     expected = soup([1, 2, 3], weights)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert structure(found) == structure(expected)
     assert bits(found) == bits(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.asarray(a).dtype == np.asarray(b).dtype

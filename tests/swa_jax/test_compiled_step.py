@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import swa_jax
 
@@ -121,7 +122,7 @@ def planted(defect: str) -> optax.GradientTransformationExtraArgs:
         elif defect == "pre-update":
             new = accumulate(state, params, sample)
         else:
-            flat, unravel = jax.flatten_util.ravel_pytree(
+            flat, unravel = ravel_pytree(
                 jax.tree.map(
                     lambda p, u, m: jnp.asarray(optax.apply_updates(p, u), m.dtype),
                     params,
@@ -129,7 +130,7 @@ def planted(defect: str) -> optax.GradientTransformationExtraArgs:
                     state.avg_params,
                 )
             )
-            mean = jax.flatten_util.ravel_pytree(state.avg_params)[0]
+            mean = ravel_pytree(state.avg_params)[0]
             mean = jnp.where(
                 sample, mean + (flat - mean) / (state.num_averaged + 1), mean
             )

@@ -1,5 +1,8 @@
 """What an average is made of: weights of models, windows, distances."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +21,7 @@ COUNTS = [1, 2, 3, 10, 1000]
 def test_weights_are_the_oracles(name, n):
     method = METHODS[name]
     found = swa_jax.averaging_weights(method.make(**method.arguments), n)
-    assert (found.dtype, found.shape) == (np.float64, (n,))
+    assert (found.dtype, found.shape) == (np.dtype(np.float64), (n,))
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-12)
     np.testing.assert_allclose(found, method.weights(n), atol=1e-13)
 
@@ -35,7 +38,7 @@ def test_weights_are_what_the_average_does(name):
     np.testing.assert_allclose(state.avg_params, expected, atol=20 * U)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "arrays": lambda n: jnp.minimum(0.9, n / (9 + n)),
     "constant": lambda n: 0.5,
 }

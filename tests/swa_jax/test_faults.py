@@ -8,6 +8,7 @@ import collections
 import os
 import pathlib
 import re
+from typing import Any
 
 import flax.serialization
 import jax
@@ -19,11 +20,13 @@ import pytest
 
 import swa_jax
 
-from .transformations import Case, U, bits, counters, every_method, loop
+from .transformations import Case, U, bits, counters, every_method, loop, structure
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "faults.md").read_text()
-MODELS = [{"w": np.arange(6, dtype=np.float32) + t, "n": np.int32(t)} for t in range(4)]
+MODELS: list[dict[str, Any]] = [
+    {"w": np.arange(6, dtype=np.float32) + t, "n": np.int32(t)} for t in range(4)
+]
 
 
 def test_every_test_that_the_page_names_exists():
@@ -88,7 +91,7 @@ def test_msgpack_takes_no_named_chain_but_its_links():
     restored = flax.serialization.from_bytes(dict(tx.init(MODELS[0])), data)
     assert bits(restored) == bits(dict(opt_state))
     again = collections.OrderedDict((name, restored[name]) for name in opt_state)
-    assert jax.tree.structure(again) == jax.tree.structure(opt_state)
+    assert structure(again) == structure(opt_state)
 
 
 def test_orbax_takes_no_empty_arrays(tmp_path):
@@ -115,7 +118,7 @@ def test_without_the_option_a_bad_weight_spoils_its_own_place_alone(case, bad):
     assert tuple(map(int, counters(state))) == (4, 4)
     found = swa_jax.averaged_params(state, MODELS[3], case.method.state)
     weights = case.method.weights(4)
-    expected = np.tensordot(weights, np.float64([x["w"] for x in MODELS]), 1)
+    expected = np.tensordot(weights, np.array([x["w"] for x in MODELS], np.float64), 1)
     places = np.arange(6) != 2
     np.testing.assert_allclose(
         np.asarray(found["w"])[places], expected[places], rtol=0, atol=60 * 9 * U

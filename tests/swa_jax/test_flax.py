@@ -21,6 +21,8 @@ from flax.training.train_state import TrainState
 
 import swa_jax
 
+from .transformations import structure
+
 U = 2.0**-24
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 
@@ -33,8 +35,8 @@ def bits(tree) -> list[bytes]:
 def assert_mean(average, models) -> None:
     """Compares with the float64 mean."""
 
-    def check(got, *stacked):
-        stacked = np.stack(stacked).astype(np.float64)
+    def check(got, *models):
+        stacked = np.stack(models).astype(np.float64)
         np.testing.assert_allclose(
             np.asarray(got, np.float64),
             stacked.mean(0),
@@ -90,7 +92,7 @@ def test_train_state():
     assert bits(swa_jax.swa_state(state)) == bits(swa_jax.swa_state(state.opt_state))
     chex.assert_shape(state.apply_fn({"params": average}, X), (8, 2))
     evaluated = state.replace(params=average)
-    assert jax.tree.structure(evaluated) == jax.tree.structure(state)
+    assert structure(evaluated) == structure(state)
 
 
 def test_frozen_params():
@@ -99,7 +101,7 @@ def test_frozen_params():
     average = swa_jax.swa_params(state.opt_state, state.params)
     frozen = swa_jax.swa_params(state.opt_state, freeze(state.params))
     assert bits(frozen) == bits(average)
-    assert jax.tree.structure(frozen) == jax.tree.structure(freeze(state.params))
+    assert structure(frozen) == structure(freeze(state.params))
 
 
 @pytest.mark.parametrize("what", ["opt_state", "train_state"])

@@ -389,7 +389,8 @@ def test_module_passed_whole_with_its_statistics():
     for t in (1.0, 2.0):
         stats = {"mean": jnp.full(2, t)}
         _, state = tx.update(grads, state, model, batch_stats=stats)
-    averaged = swa_jax.swa_params(state, {"params": model, "batch_stats": stats})
+    both: dict[str, Any] = {"params": model, "batch_stats": stats}
+    averaged = swa_jax.swa_params(state, both)
     np.testing.assert_array_equal(averaged["batch_stats"]["mean"], [1.5, 1.5])
     got, given = averaged["params"], model
     np.testing.assert_array_equal(got.linear.weight, f64(given.linear.weight + 1))
@@ -429,9 +430,19 @@ def test_weights_that_the_average_lacks_are_refused():
 def test_misuse():
     model, state = make(Net, jax.random.key(0), "batch")
     with pytest.raises(TypeError, match=r"equinox\.nn\.State, got dict; pass the sec"):
-        frameworks.recompute_batch_stats(model, {}, BATCHES, forward)
+        frameworks.recompute_batch_stats(
+            model,
+            {},  # type: ignore[arg-type]
+            BATCHES,
+            forward,
+        )
     with pytest.raises(TypeError, match=r"forward must be a function.*got NoneType"):
-        frameworks.recompute_batch_stats(model, state, BATCHES, None)
+        frameworks.recompute_batch_stats(
+            model,
+            state,
+            BATCHES,
+            None,  # type: ignore[arg-type]
+        )
     with pytest.raises(ValueError, match=r"forward must return \(output, state\).*got"):
         frameworks.recompute_batch_stats(
             model, state, BATCHES, lambda *given: forward(*given)[0]

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import chex
 import flax.errors
@@ -117,7 +119,9 @@ def make(module, *arguments, **options):
 def test_linen(remat, inputs):
     net = Net(remat)
     params, stats = make(net, True)
-    batches = BATCHES if inputs is None else [{"image": x, "n": 3} for x in BATCHES]
+    batches: Iterable[Any] = BATCHES
+    if inputs is not None:
+        batches = [{"image": x, "n": 3} for x in BATCHES]
     fn = frameworks.batch_stats_fn(net, inputs=inputs, train=True)
     assert_net(swa_jax.recompute_batch_stats(fn, params, stats, batches), params)
 
@@ -275,13 +279,15 @@ def test_linen_shared_layers_and_other_collections():
 def test_linen_misuse():
     net = Net()
     with pytest.raises(TypeError, match=r"linen\.Module, got type; pass the module"):
-        frameworks.batch_stats_fn(Net)
+        frameworks.batch_stats_fn(Net)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"got BatchNorm; for an nnx model use .*recom"):
-        frameworks.batch_stats_fn(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+        frameworks.batch_stats_fn(
+            nnx.BatchNorm(2, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+        )
     with pytest.raises(ValueError, match=r"mutable=True must not.*variables="):
         frameworks.batch_stats_fn(net, mutable=True)
     with pytest.raises(TypeError, match=r"inputs must be a key.*got 1\.5"):
-        frameworks.batch_stats_fn(net, inputs=1.5)
+        frameworks.batch_stats_fn(net, inputs=1.5)  # type: ignore[arg-type]
     params, stats = make(net, True)
     fn = frameworks.batch_stats_fn(net, inputs="image", train=True)
     with pytest.raises(ValueError, match=r"inputs='image'.*the keys \['x'\]; name"):
@@ -347,10 +353,8 @@ def test_nnx(remat, mode):
     model = perturb(NNXNet(nnx.Rngs(0), remat=remat))
     getattr(model, mode)()
     before, before_modes = bits(others(model)), modes(model)
-    assert (
-        frameworks.recompute_batch_stats(model, [(x, 0) for x in BATCHES], inputs=0)
-        is None
-    )
+    recompute: Callable[..., object] = frameworks.recompute_batch_stats
+    assert recompute(model, [(x, 0) for x in BATCHES], inputs=0) is None
     assert_nnx_net(model)
     assert bits(others(model)) == before
     assert modes(model) == before_modes
@@ -500,11 +504,18 @@ def test_nnx_misuse_changes_nothing():
             model, BATCHES, inputs="x", forward=lambda model, x: model(x)
         )
     with pytest.raises(TypeError, match=r"forward must be a function.*got str"):
-        frameworks.recompute_batch_stats(model, BATCHES, forward="encode")
+        frameworks.recompute_batch_stats(
+            model,
+            BATCHES,
+            forward="encode",  # type: ignore[arg-type]
+        )
     with pytest.raises(TypeError, match=r"nnx\.Module, got Net; for linen.*_fn"):
-        frameworks.recompute_batch_stats(Net(), BATCHES)
+        frameworks.recompute_batch_stats(Net(), BATCHES)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"nnx\.Module, got State; pass the model"):
-        frameworks.recompute_batch_stats(nnx.state(model), BATCHES)
+        frameworks.recompute_batch_stats(
+            nnx.state(model),  # type: ignore[arg-type]
+            BATCHES,
+        )
     with pytest.raises(ValueError, match=r"a Linear, has no nnx\.BatchStat"):
         frameworks.recompute_batch_stats(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), BATCHES)
     assert bits(nnx.state(model)) == before

@@ -1,5 +1,7 @@
 """The pass over models of Haiku, against NumPy's float64."""
 
+from typing import Any
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import swa_jax
 from swa_jax.frameworks import haiku as frameworks
 
 from .populations import BATCHES, assert_statistics, f64, population, two_layers
+from .transformations import structure
 
 EPS = 1e-5  # Haiku's default
 DEVICES = 2
@@ -84,7 +87,7 @@ def test_any_decay_at_any_counter(decay, steps):
         _, state = step(params, state, BATCHES[0])
     recomputed = frameworks.recompute_batch_stats(apply, params, state, BATCHES)
     assert_net(recomputed, params)
-    assert jax.tree.structure(recomputed) == jax.tree.structure(state)
+    assert structure(recomputed) == structure(state)
     # Inference normalises by them.
     mean = jnp.asarray(expected_of(params)[0][0], jnp.float32)
     norm = hk.transform_with_state(
@@ -132,7 +135,7 @@ def test_keep_and_other_state():
         x = hk.SpectralNorm(name="spectral")(x)
         return hk.BatchNorm(True, True, 0.9, name="norm")(x, is_training)
 
-    net = hk.transform_with_state(forward)
+    net: Any = hk.transform_with_state(forward)
     batches = [x[:3] for x in BATCHES]
     params, state = net.init(jax.random.key(0), batches[0], True)
     apply = training(net)
@@ -165,7 +168,12 @@ def test_misuse():
     with pytest.raises(TypeError, match=r"apply must be a function.*got dict"):
         frameworks.recompute_batch_stats(params, state, apply, BATCHES)
     with pytest.raises(TypeError, match=r"state must be Haiku's.*got list"):
-        frameworks.recompute_batch_stats(apply, params, [state], BATCHES)
+        frameworks.recompute_batch_stats(
+            apply,
+            params,
+            [state],  # type: ignore[arg-type]
+            BATCHES,
+        )
     with pytest.raises(ValueError, match=r"apply must return \(output, state\)"):
         frameworks.recompute_batch_stats(
             lambda *given: apply(*given)[1], params, state, BATCHES

@@ -1,5 +1,7 @@
 """The pass over models of Keras on JAX, and averages in ``fit``, against NumPy."""
 
+from collections.abc import Callable
+
 import jax
 import keras
 import numpy as np
@@ -94,7 +96,8 @@ def test_statistics(what):
         "dict": [{"image": x} for x in BATCHES],
     }[what]
     inputs = "image" if what == "dict" else None
-    assert frameworks.recompute_batch_stats(model, batches, inputs=inputs) is None
+    recompute: Callable[..., object] = frameworks.recompute_batch_stats
+    assert recompute(model, batches, inputs=inputs) is None
     assert_net(model)
     assert bits(state) == before
 
@@ -144,7 +147,7 @@ class Subclassed(keras.Model):
 
 
 class WithoutTraining(Subclassed):
-    def call(self, x):
+    def call(self, x):  # type: ignore[override]
         return self.norm(self.dense(x))
 
 

@@ -19,7 +19,7 @@ import swa_jax
 
 from ..golden import make_checkpoints as golden
 from .reference import Definition, Ledger, Schedule
-from .transformations import U, bits
+from .transformations import U, bits, structure
 
 VERSIONS = sorted(path.name for path in golden.FOLDER.iterdir())
 
@@ -85,7 +85,7 @@ def assert_recorded(folder, when, states, number):
 def test_states_of_every_version_are_restored(folder, store):
     target = golden.fresh()
     states = store(folder, target)
-    assert jax.tree.structure(states) == jax.tree.structure(target)
+    assert structure(states) == structure(target)
     assert_recorded(folder, "then", states, golden.NUM_MODELS - 1)
 
 

@@ -6,6 +6,8 @@ frameworks' containers, and arguments in the wrong place.
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +90,8 @@ def test_export(case):
     leaves, treedef = jax.tree.flatten(opt_state)
 
     def step(params, leaves, t):
-        opt_state = treedef.unflatten(leaves)  # of classes, which no file can hold
+        # Of classes, which no file can hold.
+        opt_state = jax.tree.unflatten(treedef, leaves)
         params, opt_state = make_step(tx)(params, opt_state, t)
         return params, jax.tree.leaves(opt_state)
 
@@ -210,7 +213,7 @@ def test_which_of_several_is_meant():
         swa_jax.averaged_params(opt_state, params, "slow")
     for which in (3, swa_jax.ema, swa_jax.lawa(2), ("lawa",)):
         with pytest.raises(TypeError, match=r"which must be the type of an average"):
-            swa_jax.averaged_params(opt_state, params, which)
+            swa_jax.averaged_params(opt_state, params, which)  # type: ignore[arg-type]
 
 
 # In a wrong place.
@@ -304,12 +307,21 @@ def test_a_stack_of_another_size(make, old, new):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: swa_jax.ema(100, 0.9), r"decay must be in \[0, 1\), got 100"),
+        (
+            lambda: swa_jax.ema(100, 0.9),  # type: ignore[arg-type]
+            r"decay must be in \[0, 1\), got 100",
+        ),
         (lambda: swa_jax.ema(1.0), r"the plain mean of all is swa\(\)"),
         (lambda: swa_jax.ema(np.nan), r"decay must be in"),
-        (lambda: swa_jax.ema("0.9"), r"decay must be a number"),
+        (
+            lambda: swa_jax.ema("0.9"),  # type: ignore[arg-type]
+            r"decay must be a number",
+        ),
         (lambda: swa_jax.ema(jnp.full(2, 0.9)), r"an array of shape \(2,\)"),
-        (lambda: swa_jax.ema(0.9, 0.5), r"start_step must be an integer"),
+        (
+            lambda: swa_jax.ema(0.9, 0.5),  # type: ignore[arg-type]
+            r"start_step must be an integer",
+        ),
         (lambda: swa_jax.ema(0.9, 1, 0), r"period must be at least 1"),
         (lambda: swa_jax.ema_warmup(0.9, min_decay=0.95), r"min_decay must be in"),
         (lambda: swa_jax.ema_warmup(10), r"decay must be in"),
@@ -317,7 +329,10 @@ def test_a_stack_of_another_size(make, old, new):
         (lambda: swa_jax.power_ema(0.3), r"sigma_rel must be in \(0, 0.288"),
         (lambda: swa_jax.power_ema(gamma=-1), r"gamma must be in \(-1, inf\)"),
         (lambda: swa_jax.lawa(0), r"window must be at least 1"),
-        (lambda: swa_jax.lawa(2.0), r"window must be an integer"),
+        (
+            lambda: swa_jax.lawa(2.0),  # type: ignore[arg-type]
+            r"window must be an integer",
+        ),
         (lambda: swa_jax.lawa(True), r"window must be an integer"),
         (lambda: jax.jit(swa_jax.lawa)(3), r"window must be an integer known outside"),
         (lambda: swa_jax.swag(-1), r"rank must be at least 0"),
@@ -356,12 +371,12 @@ def test_traced_hyperparameters(name):
     run = functools.partial(run_of, make)
     expected = run(value)
     # Float32 and a decay rounded to it: eight roundings of numbers up to 8.
-    tolerance = {"rtol": 16 * 2.0**-24}
+    rtol = 16 * 2.0**-24
     traced = jax.jit(run)
-    np.testing.assert_allclose(traced(value), expected, **tolerance)
-    np.testing.assert_allclose(traced(value / 2), run(value / 2), **tolerance)
+    np.testing.assert_allclose(traced(value), expected, rtol=rtol)
+    np.testing.assert_allclose(traced(value / 2), run(value / 2), rtol=rtol)
     many = jax.vmap(run)(jnp.array([value, value / 2]))
-    np.testing.assert_allclose(many, [expected, run(value / 2)], **tolerance)
+    np.testing.assert_allclose(many, [expected, run(value / 2)], rtol=rtol)
     # By central differences in float64, of an error of h**2 = 1e-8.
     h = 1e-4
     with jax.enable_x64(True):
@@ -371,10 +386,11 @@ def test_traced_hyperparameters(name):
 
 @pytest.mark.parametrize("name", ["ema", "power_ema"])
 def test_injected_hyperparameters_may_follow_a_schedule(name):
-    make, argument, value = {
+    makes: dict[str, tuple[Callable[..., Any], str, float]] = {
         "ema": (swa_jax.ema, "decay", 0.7),
         "power_ema": (swa_jax.power_ema, "gamma", 2.5),
-    }[name]
+    }
+    make, argument, value = makes[name]
     for given in (value, lambda count: jnp.float32(value)):
         static = {"ema": [], "power_ema": ["sigma_rel"]}[name]
         inject = optax.inject_hyperparams(make, static_args=static)

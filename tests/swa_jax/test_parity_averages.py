@@ -408,8 +408,8 @@ WIDTHS = ("0.05", "0.1")
 def snapshots(step: list[int], sigma_rel: list[float], rows: np.ndarray) -> list[Any]:
     """Stored averages, one a row."""
     return [
-        swa_jax.Snapshot(*at, {"w": jnp.asarray(row)})
-        for *at, row in zip(step, sigma_rel, rows, strict=True)
+        swa_jax.Snapshot(at, width, {"w": jnp.asarray(row)})
+        for at, width, row in zip(step, sigma_rel, rows, strict=True)
     ]
 
 
@@ -532,11 +532,11 @@ def test_karras_is_not_the_power_average() -> None:
     """One step late with ``update_every=1``, and by far too slow above."""
     for run in (run for run in RUNS if run["peer"] == "karras"):
         gamma = run["gamma"] if "gamma" in run else gamma_of(run["sigma_rel"])
-        power = running_mean(
-            MODELS,
-            lambda n, gamma=gamma: 1 - (1 - 1 / n) ** (gamma + 1),
-            period=run["update_every"],
-        )
+
+        def rate(n: int, gamma: float = gamma) -> float:
+            return 1 - (1 - 1 / n) ** (gamma + 1)
+
+        power = running_mean(MODELS, rate, period=run["update_every"])
         assert np.abs(RECORDED[run["run"]] - power).max() > 100 * TOLERANCE
 
 
@@ -642,8 +642,10 @@ def test_swag_collects_what_its_authors_do(name: str) -> None:
     # In any order, that is the ring's affair; rows that no model took are zero.
     rows = np.zeros((RANK, 4))
     rows[: len(theirs["deviations"])] = theirs["deviations"]
-    by_first = [x[np.argsort(x[:, 0])] for x in (side_by_side(ours.deviations), rows)]
-    np.testing.assert_allclose(*by_first, rtol=0, atol=atol)
+    found, expected = (
+        x[np.argsort(x[:, 0])] for x in (side_by_side(ours.deviations), rows)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 def test_swag_keeps_variances_that_its_authors_lose() -> None:

@@ -304,7 +304,9 @@ def test_resumed_training_ends_with_the_same_bits(crash_epoch):
 # Lightning's WeightAveraging asks should_update(step_idx) after every optimizer step
 # and should_update(epoch_idx) after every epoch, with 0-based indices of what has just
 # ended. Here update number t = step_idx + 1.
-SHOULD_UPDATE: dict[str, tuple[Callable[[int], bool], swa_jax.SWAState | Any]] = {
+SHOULD_UPDATE: dict[
+    str, tuple[Callable[[int], bool], optax.GradientTransformationExtraArgs]
+] = {
     "every step": (lambda i: True, swa_jax.swa()),
     "from the 6th step on": (lambda i: i >= 5, swa_jax.swa(6)),
     "steps 3, 5, 7, ...": (lambda i: i >= 3 and i % 2 == 1, swa_jax.swa(4, 2)),

@@ -1,6 +1,7 @@
 """Averages put together after training, against the profiles they stand for."""
 
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +155,7 @@ def test_less_accurate_results_are_told(wanted, message):
 
 
 SAME = stored(2) + stored(1)
-BAD = {
+BAD: dict[str, tuple[tuple[Any, ...], dict[str, float], str]] = {
     "none": (([],), {}, "none of 0 snapshots is of step=1 or before"),
     "late": ((stored(2),), {"step": 0.2}, "none of 4 snapshots is of step=0.2"),
     "twice": ((SAME,), {}, r"two snapshots have step=1 and sigma_rel=0\.05"),
@@ -169,8 +170,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refused(case):
     arguments, wanted, message = BAD[case]
+    sigma_rel, step = wanted.get("sigma_rel", 0.07), wanted.get("step", 1)
     with pytest.raises(ValueError, match=message):
-        swa_jax.posthoc_ema(*arguments, **{"sigma_rel": 0.07, "step": 1, **wanted})
+        swa_jax.posthoc_ema(*arguments, sigma_rel=sigma_rel, step=step)
 
 
 def test_one_width_at_a_stored_step_is_that_average():

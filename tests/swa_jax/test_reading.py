@@ -5,6 +5,7 @@ Oracles are weights whose mean is known exactly, and NumPy float64.
 
 import functools
 import warnings
+from typing import Any
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import swa_jax
 
 from .test_transform import PARAMS, bits, follow
+from .transformations import structure
 
 #: The default run takes two cases of each test here, see conftest.py.
 pytestmark = pytest.mark.sample(2)
@@ -86,7 +88,7 @@ def as_dicts(tree):
 
 def as_lists(tree):
     """What Orbax makes of it: dicts for NamedTuples, lists for tuples."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+    if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
         return {name: as_lists(x) for name, x in tree._asdict().items()}
     return [as_lists(x) for x in tree] if isinstance(tree, tuple) else tree
 
@@ -239,8 +241,10 @@ def test_wrappers_that_rewrite_updates(wrapper):
     }[wrapper]
     inside = wrap(optax.chain(optax.sgd(0.1), swa_jax.swa()))
     history, opt_state, params = run(inside, params, get=get)
-    seen = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, swa_jax.SWAState))
-    (seen,) = (x for x in seen if isinstance(x, swa_jax.SWAState))
+    leaves = jax.tree.leaves(
+        opt_state, is_leaf=lambda x: isinstance(x, swa_jax.SWAState)
+    )
+    (seen,) = (x for x in leaves if isinstance(x, swa_jax.SWAState))
     mean = jax.tree.leaves(seen.avg_params)[0]
     assert np.abs(mean - np.mean(history, 0)).max() > 0.01  # a real mistake
     with pytest.raises(ValueError, match=r"opt_state is a \w+State.*put swa.. behind"):
@@ -257,8 +261,8 @@ def test_wrappers_that_rewrite_updates(wrapper):
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_swa_params_before_and_after_the_first_model(jit):
-    read = functools.partial(swa_jax.swa_params, allow_empty=True)
-    read = jax.jit(read) if jit else read
+    eager = functools.partial(swa_jax.swa_params, allow_empty=True)
+    read = jax.jit(eager) if jit else eager
     tx = swa_jax.swa(start_step=2)
     models = [{"w": np.array([x, 0.25, np.nan], np.float32)} for x in (1, 2, 4)]
     states = follow(tx.init(models[0]), tx, models)
@@ -298,11 +302,11 @@ def pointers(tree) -> set[int]:
 @pytest.mark.parametrize("num_averaged", [0, 3])
 @pytest.mark.parametrize("jit", [False, True])
 def test_swa_params_share_no_buffer(num_averaged, jit, hidden):
-    read = functools.partial(swa_jax.swa_params, allow_empty=True)
-    read = jax.jit(read) if jit else read
+    eager = functools.partial(swa_jax.swa_params, allow_empty=True)
+    read = jax.jit(eager) if jit else eager
     mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
     over = jax.sharding.NamedSharding(mesh, P("x"))
-    params = {
+    layer = {
         "w": jnp.ones(64),
         "h": jnp.ones(64, jnp.bfloat16),
         "n": jnp.arange(3),
@@ -310,7 +314,7 @@ def test_swa_params_share_no_buffer(num_averaged, jit, hidden):
         "weak": jnp.asarray(1.0),
         "empty": jnp.ones((0, 2)),
     }
-    params = {"layer": params, "other": jnp.ones(64)}
+    params: dict[str, Any] = {"layer": layer, "other": jnp.ones(64)}
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P()))
     params["layer"]["spread"] = jax.device_put(params["layer"]["spread"], over)
     tx = optax.masked(swa_jax.swa(), {"layer": not hidden, "other": True})
@@ -339,10 +343,12 @@ def test_prng_keys_share_no_buffer(num_averaged, hidden):
     if hidden:
         state = state._replace(avg_params={"key": optax.MaskedNode()})
     average = swa_jax.swa_params(state, params, allow_empty=True)
-    assert not {x._base_array.unsafe_buffer_pointer() for x in average.values()} & {
-        x._base_array.unsafe_buffer_pointer()
-        for x in jax.tree.leaves((state.avg_params, params))
-    }
+
+    def pointer(key: Any) -> int:
+        return key._base_array.unsafe_buffer_pointer()
+
+    kept = jax.tree.leaves((state.avg_params, params))
+    assert not {*map(pointer, average.values())} & {*map(pointer, kept)}
     chex.assert_trees_all_equal(
         jax.random.key_data(average["key"]), jax.random.key_data(params["key"])
     )
@@ -565,7 +571,7 @@ def test_swa_joins_a_run_under_way(wrap):
     joined = {"0": old, "1": fresh["1"]} if wrap == "named" else (old, fresh[1])
     joined = type(fresh)(joined)
     joined = swa_jax.with_num_updates(joined, 6)
-    assert jax.tree.structure(joined) == jax.tree.structure(fresh)
+    assert structure(joined) == structure(fresh)
     params, opt_state = go_on(tx, params, joined, 6)
     assert bits((params, swa_jax.swa_state(opt_state))) == bits(
         (whole[0], swa_jax.swa_state(whole[1]))

@@ -1,13 +1,12 @@
 """The published hyperparameters: when `SWA` acts, what it does, and that it is pure."""
 
-import collections
 import copy
 import dataclasses
 import fractions
 import inspect
 import math
 import pickle
-from typing import Any
+from typing import Any, NamedTuple, assert_type
 
 import chex
 import flax.serialization
@@ -22,6 +21,8 @@ from hypothesis import strategies as st
 
 import swa_jax
 from swa_jax import SWA, Event, TrainingState
+from swa_jax.recipe._state import RecipeState, StateT
+from swa_jax.typing import Rate
 
 #: The default run takes two cases of each test here, see conftest.py.
 pytestmark = pytest.mark.sample(2)
@@ -41,11 +42,17 @@ def fresh_state(num_epochs: int = 10, **fields: Any) -> TrainingState:
     return state._replace(**fields)
 
 
-def at_epoch_end(state: TrainingState, epoch: int, weight: float) -> TrainingState:
+def carried(state: TrainingState) -> RecipeState:
+    """What the recipe keeps, once training has begun."""
+    assert state.swa is not None
+    return state.swa
+
+
+def at_epoch_end(state: StateT, epoch: int, weight: float) -> StateT:
     return state._replace(epoch=epoch, params={"w": jnp.full(2, weight)})
 
 
-def run(recipe: SWA, weights: list[float], state: TrainingState) -> TrainingState:
+def run(recipe: SWA, weights: list[float], state: StateT) -> StateT:
     """All events of a training run whose epochs end at the given weights."""
     state = recipe.apply(Event.TRAINING_START, state)
     for epoch, weight in enumerate(weights):
@@ -93,7 +100,7 @@ def test_a_recipe_is_a_value():
     assert SWA() == SWA(0.8, 10, None)
     assert len({SWA(), SWA(0.8), SWA(0.7)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SWA().swa_lr = 0.1
+        SWA().swa_lr = 0.1  # type: ignore[misc]
 
 
 def test_of_ten_epochs_the_last_two_are_averaged():
@@ -133,15 +140,17 @@ def published_run(
     Written from DESIGN.md's prose and algorithm 1 of the paper, with no code of ours.
     """
     epochs = len(grads) // steps
-    weight, rates, snapshots, averaged = 0.0, [], [], []
-    lr0 = math.nan
+    weight, lr0 = 0.0, math.nan
+    rates: list[float] = []
+    snapshots: list[float] = []
+    averaged: list[int] = []
     for epoch in range(epochs):
         for step in range(epoch * steps, (epoch + 1) * steps):
             k = len(snapshots)
             if k == 0:
                 rate = float(base[step])
             else:
-                end = lr0 if recipe.swa_lr is None else recipe.swa_lr
+                end = lr0 if recipe.swa_lr is None else float(recipe.swa_lr)
                 x = min(1.0, k / recipe.anneal_epochs)
                 if recipe.anneal_strategy == "cos":
                     x = (1 - math.cos(math.pi * x)) / 2
@@ -399,7 +408,7 @@ def test_swa_end_between_samples_also_ends():
     """Models after 2 and 5 epochs; the average is put in place after 6."""
     recipe = SWA("2ep", swa_end="6ep", update_interval="3ep")
     state = recipe.apply(Event.TRAINING_START, fresh_state(8))
-    logged = []
+    logged: list[dict[str, float]] = []
     for epoch in range(6):
         state = at_epoch_end(state, epoch, float(epoch + 1))
         state = recipe.apply(Event.EPOCH_END, state, logged.append)
@@ -432,7 +441,7 @@ def test_training_that_stops_at_swa_end_gets_statistics_of_the_average(epoch):
     np.testing.assert_allclose(final.batch_stats["mean"], rows.mean(0), rtol=8 * U)
     np.testing.assert_allclose(final.batch_stats["var"], rows.var(0), rtol=32 * U)
     # One step, however small, and the statistics are those of training.
-    w = jnp.asarray(np.nextafter(np.float32([3, 3]), np.float32(4)))
+    w = jnp.asarray(np.nextafter(np.full(2, 3, np.float32), np.float32(4)))
     state = state._replace(params={"w": w}, batch_stats={"mean": 5.0, "var": 6.0})
     assert recipe.apply(Event.TRAINING_END, state, **extras) is state
 
@@ -445,7 +454,7 @@ def test_swa_end_without_any_model_installs_nothing(skipped):
         state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, 1, math.nan))
     state = recipe.apply(Event.EPOCH_END, at_epoch_end(state, 3, 4.0))
     np.testing.assert_array_equal(state.params["w"], [4.0, 4.0])
-    assert not state.swa.installed
+    assert not carried(state).installed
     if not skipped:  # the rate that a restart finds is that of the loop
         assert recipe.apply(Event.TRAINING_START, state).learning_rate == 0.1
     state = at_epoch_end(state, 5, 8.0)
@@ -482,7 +491,7 @@ def test_both_forms_leave_out_the_same_models(interval, bad, value):
             state = state._replace(num_updates=step + 1)
             state = recipe.apply(Event.BATCH_END, state)
         state = recipe.apply(Event.EPOCH_END, state)
-        assert state.swa.average.num_averaged == opt_state.num_averaged
+        assert carried(state).average.num_averaged == opt_state.num_averaged
     sampled = dict.fromkeys(range(5, 10), 1)
     if interval == "2ba":  # from the end of epoch 5 on: its last batch, then two each
         sampled = {e: 1 if e == 5 else 2 for e in sampled}
@@ -502,7 +511,8 @@ def test_without_the_guard_a_model_that_is_not_finite_enters():
 
 
 def test_the_logger_tells_of_a_model_that_was_left_out():
-    recipe, logged = SWA(0.5, skip_nonfinite=True), []
+    recipe = SWA(0.5, skip_nonfinite=True)
+    logged: list[dict[str, float]] = []
     state = recipe.apply(Event.TRAINING_START, fresh_state(4))
     for epoch, weight in ((2, 3.0), (3, math.nan)):
         state = at_epoch_end(state, epoch, weight)
@@ -646,7 +656,7 @@ def test_sharded_parameters_keep_their_place():
     for epoch in (8, 9):
         state = SWA().apply(Event.EPOCH_END, state._replace(epoch=epoch, params=w))
     state = SWA().apply(Event.TRAINING_END, state)
-    for leaf in (state.params, state.swa.average.avg_params):
+    for leaf in (state.params, carried(state).average.avg_params):
         assert leaf.sharding == sharding
     np.testing.assert_array_equal(state.params, w)
 
@@ -727,7 +737,8 @@ def test_apply_under_strict_settings(request, bits, rate, dtype):
     recipe = SWA("1ep", 2, rate(0.0625), anneal_strategy="linear", swa_end="4ep")
     weights = [jnp.full(2, 2.0**n, dtype) for n in range(4)]
     state = fresh_state(5, params={"w": weights[0]}, learning_rate=rate(0.5))
-    logged, rates = [], []
+    logged: list[dict[str, float]] = []
+    rates = []
     strict = jax.numpy_dtype_promotion("strict"), jax.transfer_guard("disallow")
     with strict[0], strict[1]:
         state = recipe.apply(Event.TRAINING_START, state)
@@ -854,7 +865,7 @@ def test_an_epoch_is_averaged_once():
     with pytest.raises(ValueError, match=r"taken up epoch 5 already.* applied twice"):
         SWA(0.5).apply(Event.EPOCH_END, state)
     state = SWA(0.5).apply(Event.EPOCH_END, state._replace(epoch=6))
-    assert int(state.swa.average.num_averaged) == 2
+    assert int(carried(state).average.num_averaged) == 2
 
 
 def test_an_epoch_is_averaged_once_also_after_one_was_missed():
@@ -1006,9 +1017,23 @@ def test_another_state_than_a_training_state(method, state):
 
 
 def test_a_training_state_may_carry_more():
-    more = collections.namedtuple("More", [*TrainingState._fields, "opt_state"])
-    state = run(SWA(), [1.0] * 10, more(*fresh_state(), opt_state="mine"))
+    state = run(SWA(), [1.0] * 10, More(*fresh_state(), opt_state="mine"))
+    assert type(assert_type(state, More)) is More
     assert state.opt_state == "mine"
+
+
+class More(NamedTuple):
+    """A training state of one's own."""
+
+    epoch: int
+    num_epochs: int
+    params: Any
+    batch_stats: Any
+    learning_rate: Rate
+    swa: RecipeState | None
+    num_updates: int | None
+    steps_per_epoch: int | None
+    opt_state: str
 
 
 @pytest.mark.parametrize("event", [Event.TRAINING_START, Event.EPOCH_START])
@@ -1087,7 +1112,7 @@ def test_a_recipe_stays_an_ordinary_object():
 def test_batches_are_averaged_inside_jit_as_outside():
     recipe = SWA("1ep", 1, 0.0, update_interval="2ba", anneal_strategy="linear")
     state = fresh_state(4, steps_per_epoch=4, num_updates=0)
-    swa = recipe.apply(Event.TRAINING_START, state).swa
+    swa = carried(recipe.apply(Event.TRAINING_START, state))
     for updates in (4, 6):
         w = jnp.full(2, float(updates))
         here = state._replace(num_updates=updates, params={"w": w}, learning_rate=0.5)

@@ -4,6 +4,8 @@ Tolerance: the schedules compute in float32 with fewer than ten roundings, each 
 relative size 2**-24 of the larger end, so 1e-6 relative to that end has room.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +132,7 @@ def test_swa_schedule_without_swa_lr_holds_the_rate_of_its_start():
 def test_swa_schedule_jumps_when_it_takes_no_steps():
     schedule = swa_jax.swa_schedule(0.1, 0.05, start_step=4, anneal_steps=0)
     np.testing.assert_array_equal(
-        evaluate(schedule, range(6)), np.float32([0.1, 0.1, 0.1, 0.1, 0.05, 0.05])
+        evaluate(schedule, range(6)), np.array([0.1] * 4 + [0.05] * 2, np.float32)
     )
 
 
@@ -186,13 +188,13 @@ def test_works_with_every_kind_of_step_and_inside_optimizers(name):
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)
     params = jnp.zeros(())
 
-    def step(carry, _):
+    def train(carry, _):
         params, state = carry
         updates, state = tx.update(jnp.ones(()), state, params)
         rate = state.hyperparams["learning_rate"]
         return (optax.apply_updates(params, updates), state), (rate, updates)
 
-    _, (rates, updates) = jax.lax.scan(step, (params, tx.init(params)), None, 60)
+    _, (rates, updates) = jax.lax.scan(train, (params, tx.init(params)), None, 60)
     np.testing.assert_allclose(rates, want, rtol=1e-6)
     np.testing.assert_allclose(updates, -want, rtol=1e-6)
 
@@ -401,7 +403,7 @@ BAD = {
         "update_every must be at least 1.*got 0",
     ),
     "strategy": (
-        lambda: SWA(0.1, 0.05, 3, 1, strategy="cosine"),
+        lambda: SWA(0.1, 0.05, 3, 1, strategy="cosine"),  # type: ignore[arg-type]
         "strategy must be one of 'cos', 'linear', got 'cosine'",
     ),
     "original": (lambda: LINEAR(0.1, 0.05, -1), "start_step must be at least 0.*-1"),
@@ -434,7 +436,7 @@ def test_lengths_that_are_no_integers_are_type_errors(make, length):
         make(length)
 
 
-RATES = {
+MAKES = {
     "init_value": lambda rate: COSINE(rate, 0.1, 3),
     "swa_lr": lambda rate: COSINE(0.1, rate, 3),
     "swa_lr ": lambda rate: SWA(0.1, rate, 3, 1),
@@ -446,18 +448,19 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", MAKES)
 def test_rates_are_checked_when_a_schedule_is_made(name):
+    rate: Any
     for rate in (-0.1, np.nan, np.float32(np.inf), jnp.array(-1.0)):
         with pytest.raises(ValueError, match=f"{name.strip()} must be finite and not"):
-            RATES[name](rate)
+            MAKES[name](rate)
     wrong = ("0.1", [0.1, 0.2], np.ones(1), True, np.bool_(True), jnp.array(1j))
     for rate in (*wrong, jax.random.key(0), jnp.arange(1000.0)):
         message = f"{name.strip()} must be a learning rate"
         with pytest.raises(TypeError, match=message) as error:
-            RATES[name](rate)
+            MAKES[name](rate)
         assert len(str(error.value)) < 300
-    jax.jit(lambda rate: RATES[name](rate)(1))(0.1)  # not known yet: passes
+    jax.jit(lambda rate: MAKES[name](rate)(1))(0.1)  # not known yet: passes
 
 
 @pytest.mark.parametrize("base", ["0.1", [0.1, 0.2], np.ones(3), None, True])

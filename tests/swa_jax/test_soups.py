@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def test_soup_where_the_models_are():
 
 
 GOOD = {"w": np.zeros(2, np.float32)}
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "no model": (([],), ValueError, "soup: models is empty"),
     "one model": ((GOOD,), TypeError, "must be several pytrees, got a dict.*pass a li"),
     "an array": ((np.ones(2),), TypeError, "must be several pytrees"),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import swa_jax
 
-from .transformations import U, bits
+from .transformations import U, bits, structure
 
 #: The default run takes two cases of each test here, see conftest.py.
 pytestmark = pytest.mark.sample(2)
@@ -137,7 +137,7 @@ def test_leaves_of_every_kind():
 
     state, params = run([model(t) for t in (1, 2, 3)]), model(9)
     found = swa_jax.swag_sample(jax.random.key(0), state, params)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert structure(found) == structure(params)
     for got, given in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
         assert (got.dtype, got.shape) == (given.dtype, given.shape)
     assert int(found["int"]) == 3

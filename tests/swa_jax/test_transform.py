@@ -124,8 +124,8 @@ def test_sampling_and_mean(steps, seed):
     start_step, period, length = steps
     stop_step = start_step + length
     noise = np.random.default_rng(seed).normal(size=(STEPS, 5)).astype(np.float32)
-    run = train_traced(start_step, period, stop_step, noise)
-    check_run(*run, start_step, period, stop_step)
+    history, states = train_traced(start_step, period, stop_step, noise)
+    check_run(history, states, start_step, period, stop_step)
 
 
 @given(steps)
@@ -134,8 +134,8 @@ def test_sampling_and_mean_with_static_steps(steps):
     start_step, period, length = steps
     stop_step = start_step + length if length else None
     noise = np.random.default_rng(0).normal(size=(STEPS, 5)).astype(np.float32)
-    run = train_static(start_step, period, stop_step, noise)
-    check_run(*run, start_step, period, stop_step)
+    history, states = train_static(start_step, period, stop_step, noise)
+    check_run(history, states, start_step, period, stop_step)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,8 @@ def test_no_implicit_transfers_with_shapes():
 
 @pytest.mark.usefixtures("enable_x64")
 def test_counters_stay_int32_with_x64():
-    tx = swa_jax.swa(np.int64(2), stop_step=5)
+    # The signature promises `int` alone; NumPy's are taken all the same.
+    tx = swa_jax.swa(np.int64(2), stop_step=5)  # type: ignore[arg-type]
     params = jnp.ones(2, jnp.float64)
     state = follow(tx.init(params), tx, [np.ones(2)] * 3)[-1]
     assert state.num_updates.dtype == state.num_averaged.dtype == jnp.int32

@@ -4,6 +4,7 @@ from typing import NamedTuple, assert_type
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import swa_jax
@@ -82,3 +83,16 @@ def test_a_state_that_is_asked_for_by_its_type_is_of_it():
         swa_jax.update_average(found, WEIGHTS, average), swa_jax.EMAState
     )
     assert type(found) is swa_jax.EMAState
+
+
+def test_what_is_taken_is_what_the_types_say():
+    many = [(1, 0.05, WEIGHTS), (2.0, 0.05, lambda: WEIGHTS)]
+    found = swa_jax.posthoc_ema(many, sigma_rel=0.05, step=2)
+    assert type(found) is Weights
+    rates = swa_jax.cyclic_schedule(np.float32(0.1), jnp.float32(0), 2)
+    assert float(rates(1)) == 0
+    for sample in (True, np.bool_(True), np.array(True), jnp.array(True), None):
+        average = swa_jax.update_average(
+            swa_jax.init_average(WEIGHTS), WEIGHTS, sample=sample
+        )
+        assert int(average.num_averaged) == 1
