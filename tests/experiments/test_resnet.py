@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def test_float32_is_kept_where_precision_counts():
 
 def test_strides_are_in_the_3x3_convolutions():
     model = ResNet(STAGES[50], data=IMAGENET)
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
+    jaxpr: Any = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
         variables(model), IMAGES
     )
     strided = [

@@ -189,9 +189,10 @@ def test_other_averages_are_those_of_the_weights(tiny_model, split):
         "power:0.2": (t / 12) ** (gamma + 1) - ((t - 1) / 12) ** (gamma + 1),
     }
     found = scorer(config, split)
-    for name, share in weights.items():
+    for name, unscaled in weights.items():
         ((params, batch_stats),) = found.networks(arm, state, name)
-        share = share / share.sum()
+        share = np.array(unscaled, np.float64)
+        share /= share.sum()
         expected = jax.tree.map(
             lambda *x, share=share: np.tensordot(share, np.stack(x), 1), *history
         )

@@ -150,10 +150,10 @@ def test_dtype_and_keys(tmp_path):
     with pytest.raises(swa_jax.CheckpointError, match=r"'layer.w' is float16 \(7, 5\)"):
         swa_jax.average_checkpoints(paths, tmp_path / "a.safetensors")
     out = tmp_path / "b.safetensors"
-    options = {"dtype": jnp.float16, "keys": lambda name: name != "wide"}
-    found = safetensors.numpy.load_file(
-        swa_jax.average_checkpoints(paths, out, **options)
+    swa_jax.average_checkpoints(
+        paths, out, dtype=jnp.float16, keys=lambda name: name != "wide"
     )
+    found = safetensors.numpy.load_file(out)
     assert "wide" not in found
     assert found["layer.w"].dtype == np.float16
     assert found["steps"].dtype == np.int64

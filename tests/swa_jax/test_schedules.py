@@ -296,6 +296,7 @@ def test_steps_and_rates_of_any_kind_under_strict_settings(
         on_device = {t: jnp.int32(t) for t in (3, 24)}
         with jax.numpy_dtype_promotion(promotion), jax.transfer_guard("disallow"):
             schedule = make(top, low)
+            rates: dict[tuple[Any, int], Any]
             rates = {key: schedule(step) for key, step in steps.items()}
             traced = jax.jit(schedule)
             rates |= {("traced", t): traced(step) for t, step in on_device.items()}

@@ -166,7 +166,7 @@ METHODS = {
 }
 
 #: Those that all transformations take.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "period": {"start_step": 3, "period": 2},
     "stop_step": {"start_step": 2, "stop_step": 4},
