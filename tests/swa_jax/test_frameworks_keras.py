@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sample(2)
 
 EPS = 1e-3  # Keras's default
 X = np.concatenate(BATCHES)
-Y = np.random.default_rng(9).integers(0, 2, len(X))
+Y = np.random.default_rng(9).integers(0, 2, len(X)).astype(np.int32)
 #: Updates an epoch, of batches of 8.
 STEPS = 5
 
