@@ -69,6 +69,7 @@ class SWA(Settings):
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from swa_jax import SWA, Event, TrainingState
       >>> recipe = SWA(swa_start=0.5, anneal_epochs=2, swa_lr=0.0)
       >>> state = TrainingState(epoch=0, num_epochs=4, params=jnp.zeros(()),
       ...                       batch_stats={}, learning_rate=1.0)
