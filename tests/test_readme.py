@@ -151,6 +151,7 @@ def test_noisy_labels_are_those_of_the_results():
     }
     for row in ("SWA, last 10 epochs", "SWAG, 30 samples"):
         assert f"{tested[row].accuracy:+.2f} points" in README
+    assert f"points (p {tested['SWA, last 10 epochs'].accuracy_p:.3f})," in README
 
 
 def test_rates_of_a_noisy_validation_split_are_told_as_measured(tmp_path):

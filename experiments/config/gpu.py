@@ -76,9 +76,9 @@ _CIFAR_NETWORKS = {
 }
 
 
-def _cifar(name: str) -> None:
-    kind, network = name.split("_", 1)
-    model, dataset = _CIFAR_NETWORKS[network], {"cifar10": Cifar10}.get(kind, Cifar100)
+def _cifar(dataset: type[Cifar10], network: str, model: Model) -> None:
+    classes = 10 if dataset is Cifar10 else 100
+    name = f"cifar{classes}_{network}"
     vgg, short = isinstance(model, VGG16), isinstance(model, PreResNet)
     epochs = 150 if short else 200
     low = vgg or (short and dataset is Cifar10)
@@ -105,7 +105,7 @@ def _cifar(name: str) -> None:
         name,
         config,
         Tuning(),
-        f"""{network} on CIFAR-{kind[5:]} as in the original repository.
+        f"""{network} on CIFAR-{classes} as in the original repository.
 
 Command: python -m experiments {name}
 Expected: docs/results.md has what is published, which vgg16_bn is not.
@@ -114,10 +114,10 @@ Run time: not measured; {trained:,} epochs of 50,000 images a seed want an accel
     )
 
 
-for _classes in (10, 100):
-    for _network in _CIFAR_NETWORKS:
-        if (_classes, _network) != (100, "vgg16_bn"):
-            _cifar(f"cifar{_classes}_{_network}")
+for _dataset in (Cifar10, Cifar100):
+    for _network, _model in _CIFAR_NETWORKS.items():
+        if (_dataset, _network) != (Cifar100, "vgg16_bn"):
+            _cifar(_dataset, _network, _model)
 
 
 # The baseline's settings are those of Goyal et al., arXiv:1706.02677, for batches of

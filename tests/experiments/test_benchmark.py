@@ -101,13 +101,15 @@ def test_the_loop_in_c_leaves_subnormals_alone():
     found = []
 
     def load():
-        alone.c_average(4)
-        found.append(sys.float_info.min / 2)
+        found.extend([alone.c_average(4), sys.float_info.min / 2])
 
     thread = threading.Thread(target=load)
     thread.start()
     thread.join()
-    assert found == [2.0**-1023]
+    loop, half = found
+    if loop is None:
+        pytest.skip("no C compiler that knows OpenMP")
+    assert half == 2.0**-1023
 
 
 def test_compiling_alternates(monkeypatch):
